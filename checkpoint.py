@@ -1,0 +1,146 @@
+"""State to disk and back, whole or not at all.
+
+A checkpoint is torch.save's zip of tensors and plain containers. It is read with weights_only=True, so a file can never
+run code, and only after every member's CRC-32 has been checked, so a damaged file is never half loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import networks
+from config import Config, ConfigError, parse
+
+FORMAT = 1
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be read or does not fit; one line that names the file and what is wrong."""
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(file) on a temporary file beside `path`, flush it to disk, then rename it over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
+    """Write `folder`/step-<step>.ckpt, point last.ckpt at it and remove all but the newest `keep`.
+
+    At every moment last.ckpt is a whole checkpoint. Raises OSError where the disk refuses; nothing is lost then.
+    """
+    path = folder / f"step-{step:08d}.ckpt"
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    link = folder / f".last.{os.getpid()}.part"
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)  # the same bytes under a second name
+        os.replace(link, folder / "last.ckpt")
+    except OSError:  # a file system without hard links
+        link.unlink(missing_ok=True)
+        write_atomically(folder / "last.ckpt", lambda file: file.write(path.read_bytes()))
+    for old in numbered(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints step-*.ckpt of a run, oldest first."""
+    return sorted(p for p in folder.glob("step-*.ckpt") if re.fullmatch(r"step-\d+\.ckpt", p.name))
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in a checkpoint of ours. Raises CheckpointError; never runs code from the file."""
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong; use another checkpoint")
+        state = torch.load(path, map_location=device, weights_only=True)
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such checkpoint") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{path}: not a whole checkpoint of this project ({reason})") from None
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of this project (it has no format number)")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path}: is of format {state['format']}; this version reads format {FORMAT}")
+    return state
+
+
+def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest checkpoint of a run that is whole, its state, and what was wrong with newer ones."""
+    problems: list[str] = []
+    candidates = [folder / "last.ckpt", *reversed(numbered(folder))]
+    for path in candidates:
+        if not path.exists():
+            continue
+        try:
+            return path, load(path), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(
+        problems[0] if problems else f"{folder}: holds no checkpoint to resume from; start without --resume"
+    )
+
+
+def config_of(state: dict[str, Any], path: str | Path) -> Config:
+    """The config that a checkpoint was trained with."""
+    return parse(state["config"], lambda key: f"{path} (its config)")
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu", average: int = 0) -> torch.nn.Module:
+    """The preconditioned EMA model of a checkpoint, in eval mode: model(x, sigma, class_labels=None) -> clean data.
+
+    `average` picks one of several EMAs. The model also carries `class_counts`, the training set's, or None. Raises
+    CheckpointError.
+    """
+    return model_from(load(path), path, average).to(device)
+
+
+def model_from(state: dict[str, Any], path: str | Path, average: int = 0) -> torch.nn.Module:
+    """load_model for a state already read."""
+    if not 0 <= average < len(state["ema"]):
+        raise CheckpointError(f"{path}: has {len(state['ema'])} averages, no number {average}")
+    cfg = config_of(state, path)
+    model = networks.build(cfg.network, **state["data"]["shape"])
+    _fill(model, state["ema"][average], path)
+    model.class_counts = state["data"]["class_counts"]
+    return model.eval().requires_grad_(False)
+
+
+def initialise(model: torch.nn.Module, path: str | Path) -> None:
+    """Copy a checkpoint's first EMA into `model` (train.init_from). Raises CheckpointError at the first difference."""
+    _fill(model, load(path)["ema"][0], path)
+
+
+def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    own = model.state_dict()
+    for name in sorted({**own, **weights}):
+        if name not in weights:
+            raise CheckpointError(f"{path}: is of another network: it has no {name}")
+        if name not in own:
+            raise CheckpointError(f"{path}: is of another network: {name} has no place in this one")
+        if own[name].shape != weights[name].shape:
+            there, here = list(weights[name].shape), list(own[name].shape)
+            raise CheckpointError(f"{path}: is of another network: {name} is {there} there and {here} here")
+    model.load_state_dict(weights)

@@ -1,0 +1,567 @@
+"""The settings of a run: their types, ranges and meaning, how they are read, and every message about a bad one."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """Bad input from the user: its message is one line, and the commands exit with code 2."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command line whose errors are one line too, with exit code 2."""
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message}; --help shows what there is", file=sys.stderr)
+        sys.exit(2)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class Run(Section):
+    name: str = Field("digits", pattern=r"^[\w.-]+$")
+    """Name of the run; its folder is runs/<name> unless run.dir says otherwise."""
+    dir: str | None = None
+    """Folder of the run: config, checkpoints, samples, curves. null: runs/<name>."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of everything random: initial weights, data order, noise."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto (a GPU where there is one), cpu, cuda, cuda:N or mps."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) if self.dir else Path("runs") / self.name
+
+
+class Data(Section):
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "zip", "npz"] = "digits"
+    """Dataset. digits come with scikit-learn; the next four are downloaded; folder, zip and npz read data.path."""
+    dir: str = "data"
+    """Folder for downloads and caches."""
+    path: str | None = None
+    """Your images: a folder tree (folder), EDM's images + dataset.json (zip), or an array file (npz)."""
+    resolution: int | None = Field(None, ge=4, le=1024)
+    """Side of the square images in pixels; others are resized and centre-cropped. null: the dataset's own."""
+    channels: Literal[1, 3] | None = None
+    """1 (grey) or 3 (RGB). null: the dataset's own."""
+    conditional: bool = False
+    """Train the network on class labels, so that it can be asked for a class."""
+    flip: bool = False
+    """Mirror half of the images. Not for digits or letters."""
+    augment: float = Field(0.0, ge=0, le=1)
+    """Probability p of each transformation of EDM's augmentation pipe (2206.00364 app. F.2). 0: off."""
+    on_broken: Literal["fail", "skip"] = "fail"
+    """What to do with an image that cannot be read."""
+    workers: int = Field(2, ge=0, le=64)
+    """Processes that decode images, for sets too large to be kept in memory."""
+    memory_gb: NonNegative = 4.0
+    """A set that decodes to less than this many GiB of uint8 is kept in memory, on the device where it fits."""
+
+
+class Network(Section):
+    precond: Literal["edm", "cm"] = "edm"
+    """Preconditioning: edm (2206.00364 tab. 1) or cm, whose boundary D(x) = x is at sigma_min (2303.01469 app. C)."""
+    c_noise: Literal["log", "log250"] = "log"
+    """The network's noise label: ln(sigma)/4, or 250 ln(sigma) as in OpenAI's PyTorch models."""
+    sigma_data: Positive = 0.5
+    """Standard deviation of the data, in [-1, 1]."""
+    sigma_min: Positive = 0.002
+    """Lowest noise level."""
+    sigma_max: Positive = 80.0
+    """Highest noise level: where sampling starts."""
+    model_channels: int = Field(128, ge=4, multiple_of=4)
+    """Channels of the first resolution."""
+    channel_mult: list[Count] = Field([2, 2, 2], min_length=1)
+    """Channels of each resolution, times model_channels; one entry a resolution, halving each time."""
+    channel_mult_emb: Count = 4
+    """Width of the noise and class embedding, times model_channels."""
+    num_blocks: Count = 4
+    """Residual blocks per resolution."""
+    attn_resolutions: list[Count] = [16]
+    """Resolutions in pixels with self-attention."""
+    dropout: Share = 0.0
+    """Dropout inside residual blocks; both passes of a step share the mask."""
+    label_dropout: Share = 0.0
+    """Share of labels dropped in training, for classifier-free guidance."""
+
+
+class SongUNet(Network):
+    """DDPM++ and NCSN++ (Song et al. 2021, 2011.13456), with EDM's arguments."""
+
+    name: Literal["song_unet"] = "song_unet"
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    """Embedding of the noise label: positional (DDPM++) or fourier (NCSN++)."""
+    fourier_scale: Positive = 16.0
+    """Scale of the Fourier frequencies: EDM 16, iCT 0.02."""
+    channel_mult_noise: Count = 1
+    """Width of the noise embedding, times model_channels: 1 for DDPM++, 2 for NCSN++."""
+    encoder_type: Literal["standard", "skip", "residual"] = "standard"
+    """standard for DDPM++, residual for NCSN++."""
+    decoder_type: Literal["standard", "skip"] = "standard"
+    """standard for both."""
+    resample_filter: list[Count] = [1, 1]
+    """Up- and downsampling filter: [1, 1] for DDPM++, [1, 3, 3, 1] for NCSN++."""
+    scale_shift_norm: bool = False
+    """Let the embedding scale and shift (AdaGN), not only shift."""
+
+
+class DhariwalUNet(Network):
+    """ADM (Dhariwal & Nichol 2021, 2105.05233), with EDM's arguments."""
+
+    name: Literal["dhariwal_unet"]
+    model_channels: int = Field(192, ge=4, multiple_of=4)
+    channel_mult: list[Count] = Field([1, 2, 3, 4], min_length=1)
+    num_blocks: Count = 3
+    attn_resolutions: list[Count] = [32, 16, 8]
+    dropout: Share = 0.1
+    scale_shift_norm: bool = True
+
+
+class EDM(Section):
+    """Denoising: trains a diffusion model, the teacher (Karras et al. 2022, 2206.00364)."""
+
+    name: Literal["edm"]
+    P_mean: float = -1.2
+    """Mean of ln sigma."""
+    P_std: Positive = 1.2
+    """Standard deviation of ln sigma."""
+
+
+class CT(Section):
+    """Consistency training with an EMA target (Song et al. 2023, 2303.01469)."""
+
+    name: Literal["ct"]
+    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
+    """Distance d of the loss. lpips needs VGG16's weights."""
+    lpips_weights: str | None = None
+    """Local file with torchvision's VGG16 weights; null: downloaded."""
+    huber_c: NonNegative | None = None
+    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
+    s0: int = Field(2, ge=2)
+    """Noise levels N at the start."""
+    s1: int = Field(150, ge=2)
+    """Noise levels at the end, less one."""
+    mu0: float = Field(0.9, gt=0, lt=1)
+    """Decay of the target network at the start."""
+    weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "uniform"
+    """Weight of the loss by the student's signal-to-noise ratio; the paper's is uniform."""
+
+
+class ICT(Section):
+    """Improved consistency training (Song & Dhariwal 2023, 2310.14189)."""
+
+    name: Literal["ict"]
+    huber_c: NonNegative | None = None
+    """c of the pseudo-Huber distance. null: 0.00054 sqrt(d), d the elements of a sample."""
+    s0: int = Field(10, ge=2)
+    """Intervals N - 1 between noise levels at the start."""
+    s1: int = Field(1280, ge=2)
+    """Intervals at the end."""
+    P_mean: float = -1.1
+    """Mean of ln sigma of the pairs."""
+    P_std: Positive = 2.0
+    """Its standard deviation."""
+
+
+class ECT(Section):
+    """Easy consistency tuning (Geng et al. 2024, 2406.14548)."""
+
+    name: Literal["ect"] = "ect"
+    q: float = Field(2.0, gt=1)
+    """The gap t - r shrinks by this factor per stage."""
+    double_kimg: Positive | None = 3200.0
+    """Length of a stage in thousands of images. null: one stage, held to the end."""
+    mapping: Literal["sigmoid", "const"] = "sigmoid"
+    """n(t) in r = t (1 - n(t) / q^(stage+1)): 1 + 8 sigmoid(-t), or 1."""
+    P_mean: float = -1.1
+    """Mean of ln t."""
+    P_std: Positive = 2.0
+    """Its standard deviation."""
+    huber_c: NonNegative = 0.0
+    """c of the pseudo-Huber distance."""
+
+
+class Ema(Section):
+    decay: list[Annotated[float, Field(ge=0, lt=1)]] = [0.9999]
+    """Decay per step, one entry for each average kept; the first is sampled and scored."""
+    half_life_kimg: list[Positive] | None = None
+    """Instead of decay: half-lives in thousands of images."""
+    warmup: NonNegative = 0.05
+    """The half-life is at most this share of the steps so far (2206.00364 app. F). 0: off."""
+
+
+class Train(Section):
+    steps: Count = 400_000
+    """Optimizer steps."""
+    batch_size: Count = 128
+    """Images per step over all devices."""
+    microbatch: Count | None = None
+    """Images per pass on one device; gradients accumulate to batch_size. null: all at once."""
+    optimizer: Literal["radam", "adam", "adamw"] = "radam"
+    """RAdam in the papers on consistency models, Adam for EDM."""
+    lr: Positive = 1e-4
+    """Learning rate at its peak."""
+    betas: list[Share] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """Decay of the optimizer's first and second moments."""
+    lr_warmup: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_decay: Literal["none", "linear", "cosine"] = "none"
+    """How it falls to 0 at the last step."""
+    grad_clip: Positive | None = None
+    """Largest norm of the gradient. null: not clipped."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """Arithmetic inside the network. auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the network. auto: on a GPU."""
+    init_from: str | None = None
+    """A checkpoint whose EMA weights the run starts from."""
+    log_every: Count = 100
+    """Steps between entries in the curves."""
+    save_every: Count = 5000
+    """Steps between checkpoints."""
+    keep: Count = 2
+    """Newest checkpoints kept, beside last.ckpt."""
+
+
+class Sample(Section):
+    every: int = Field(0, ge=0)
+    """Steps between sample grids. 0: only at the end."""
+    grid: int = Field(64, ge=1, le=1024)
+    """Images in a grid."""
+    sigmas: list[Positive] | None = Field(None, min_length=1)
+    """Noise levels of few-step sampling, descending; `--steps S` takes the first S. null: sigma_max, then 0.821."""
+    solver: Literal["auto", "multistep", "heun"] = "auto"
+    """auto: heun for objective edm, multistep for consistency models."""
+    heun_steps: int = Field(18, ge=2)
+    """Steps of the heun solver; evaluations are twice that less one."""
+
+
+class Metrics(Section):
+    features: Literal["inception", "classifier"] = "inception"
+    """Features to compare: InceptionV3's, or those of a small classifier trained on the dataset's own labels."""
+    weights: str | None = None
+    """Local file with torch-fidelity's InceptionV3 weights. null: downloaded."""
+    reference: str | None = None
+    """EDM's reference statistics (npz with mu and sigma) instead of the training set; inception only."""
+    scores: list[Literal["fid", "kid", "isc", "prc"]] = Field(["fid"], min_length=1)
+    """What to compute: Frechet distance, kernel distance, Inception score, precision and recall."""
+    num: int = Field(50_000, ge=100)
+    """Samples to score."""
+    every: int = Field(0, ge=0)
+    """Steps between scores in training. 0: only at the end."""
+    at_end: bool = True
+    """Score when training ends."""
+
+
+class Config(Section):
+    """Settings of main.py and generate.py. Every key has a default; config.yml shows them all."""
+
+    run: Run = Field(default_factory=Run)
+    data: Data = Field(default_factory=Data)
+    network: Annotated[SongUNet | DhariwalUNet, Field(discriminator="name")] = Field(default_factory=SongUNet)
+    objective: Annotated[EDM | CT | ICT | ECT, Field(discriminator="name")] = Field(default_factory=ECT)
+    ema: Ema = Field(default_factory=Ema)
+    train: Train = Field(default_factory=Train)
+    sample: Sample = Field(default_factory=Sample)
+    metrics: Metrics = Field(default_factory=Metrics)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 reads a string) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key_node.value} is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$"), list("-+0123456789")
+)
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The checked config in the file `path`, after `section.key=value` overrides.
+
+    Raises ConfigError: one line with the file, the key, what is wrong and the nearest right name.
+    """
+    raw, lines = _read_yaml(Path(path))
+    where = {key: f"{path}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        _apply(raw, override, where)
+    return parse(raw, lambda key: where.get(key, str(path)))
+
+
+def parse(raw: dict[str, Any], place=lambda key: "config") -> Config:
+    """A checked config from nested dictionaries; `place(key)` says in messages where a key was set."""
+    for section, name in (("network", "song_unet"), ("objective", "ect")):
+        if isinstance(raw.get(section), dict):
+            raw = {**raw, section: {"name": name, **raw[section]}}
+    try:
+        cfg = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, place)) from None
+    _check_together(cfg, place)
+    return cfg
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's content, and the line of each section.key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = yaml.load(text, _Loader)
+        node = yaml.compose(text, _Loader)
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"{path}: there is no such file; try config.yml or one of configs/*.yml") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: this is no text file in UTF-8") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {_one_line(getattr(error, 'problem', error))}") from None
+    if raw is None:
+        return {}, {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected sections such as 'train:', found {type(raw).__name__}")
+    lines = {}
+    for section, values in node.value:
+        lines[str(section.value)] = section.start_mark.line + 1
+        if isinstance(values, yaml.MappingNode):
+            for key, _ in values.value:
+                lines[f"{section.value}.{key.value}"] = key.start_mark.line + 1
+    return raw, lines
+
+
+def _apply(raw: dict[str, Any], override: str, where: dict[str, str]) -> None:
+    """Set one `section.key=value` from the command line in `raw`."""
+    match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", override, re.DOTALL)
+    if not match:
+        raise ConfigError(f"command line: {override!r} is no setting; write section.key=value, as train.lr=1e-3")
+    section, key, text = match.groups()
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"command line: {section}.{key}: {text!r} is not valid YAML ({_one_line(error)})") from None
+    content = raw.setdefault(section, {})
+    if content is None:
+        content = raw[section] = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where.get(section, 'config')}: {section}: expected keys and values below it")
+    if key == "name" and section in ("network", "objective"):
+        _change_name(section, content, value)
+    content[key] = value
+    where[f"{section}.{key}"] = "command line"
+
+
+def _change_name(section: str, content: dict[str, Any], name: Any) -> None:
+    """Another objective or network from the command line keeps only the file's settings that it knows."""
+    kind = next((k for k in _kinds(section) if name in get_args(k.model_fields["name"].annotation)), None)
+    old = next((k for k in _kinds(section) if content.get("name") in get_args(k.model_fields["name"].annotation)), None)
+    if kind and old and kind is not old:
+        for key in [k for k in content if k in old.model_fields and k not in kind.model_fields]:
+            del content[key]
+
+
+def _kinds(section: str) -> tuple[type[BaseModel], ...]:
+    """The settings classes of a section: several where its `name` chooses among them."""
+    annotation = Config.model_fields[section].annotation
+    return get_args(annotation) or (annotation,)
+
+
+# Messages -------------------------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, place) -> str:
+    """One line for the first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    # A union's error names the member (network.song_unet.x): users write network.x.
+    loc = [str(part) for part in first["loc"]]
+    if len(loc) > 1 and loc[0] in ("network", "objective") and loc[1] in _names(loc[0]):
+        del loc[1]
+    if first["type"] == "union_tag_invalid":
+        loc.append("name")
+    key, value = ".".join(loc), first["input"]
+    message = f"{place('.'.join(loc[:2]))}: {key}: "
+    if first["type"] == "extra_forbidden":
+        return message + "there is no such setting" + _nearest(loc, error)
+    if first["type"] == "union_tag_invalid":
+        name = str(value.get("name") if isinstance(value, dict) else value)
+        return message + f"there is no {name!r}{_did_you_mean(name, _names(loc[0]))}"
+    if first["type"] == "literal_error":
+        allowed = first["ctx"]["expected"]
+        guess = _did_you_mean(str(value), re.findall(r"'([^']+)'", allowed)).replace("; ", "; ")
+        return message + f"{_short(value)} is not one of {allowed}{guess if 'did you' in guess else ''}"
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return message + f"expected keys and values below it, found {_short(value)}"
+    what = first["msg"][0].lower() + first["msg"][1:]
+    return message + f"{what}, found {_short(value)}"
+
+
+def _names(section: str) -> list[str]:
+    return [get_args(kind.model_fields["name"].annotation)[0] for kind in _kinds(section)]
+
+
+def _nearest(loc: list[str], error: ValidationError) -> str:
+    """A hint for an unknown key: the nearest of its section, or the same name in another section."""
+    if len(loc) == 1:
+        return _did_you_mean(loc[0], list(Config.model_fields))
+    section, key = loc[0], loc[1]
+    fields = {f for kind in _kinds(section) for f in kind.model_fields}
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
+    if key in fields:
+        owners = [n for n, kind in zip(_names(section), _kinds(section), strict=True) if key in kind.model_fields]
+        return f" for this {section}.name (it belongs to {', '.join(owners)})"
+    if near:
+        return f"; did you mean {section}.{near[0]}?"
+    for other in Config.model_fields:
+        if any(key in kind.model_fields for kind in _kinds(other)):
+            return f"; did you mean {other}.{key}?"
+    return f"; {section} has: {', '.join(sorted(fields))}"
+
+
+def _did_you_mean(word: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(choices)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_together(cfg: Config, place) -> None:
+    """Settings that are right alone and wrong together."""
+    d, n, o, t = cfg.data, cfg.network, cfg.objective, cfg.train
+    rules = [
+        (n.sigma_min >= n.sigma_max, "network.sigma_min", f"must be below network.sigma_max ({n.sigma_max})"),
+        (
+            d.name in ("folder", "zip", "npz") and d.path is None,
+            "data.path",
+            f"data.name: {d.name} needs the path of your images",
+        ),
+        (
+            d.name not in ("folder", "zip", "npz") and d.path is not None,
+            "data.path",
+            f"data.name: {d.name} takes no path; for your own images set data.name to folder, zip or npz",
+        ),
+        (
+            n.label_dropout > 0 and not d.conditional,
+            "network.label_dropout",
+            "there are no labels to drop; set data.conditional: true",
+        ),
+        (
+            t.microbatch is not None and t.batch_size % t.microbatch != 0,
+            "train.microbatch",
+            f"must divide train.batch_size ({t.batch_size})",
+        ),
+        (t.lr_warmup >= t.steps, "train.lr_warmup", f"must be below train.steps ({t.steps})"),
+        (
+            o.name == "edm" and n.precond != "edm",
+            "network.precond",
+            "objective edm trains the edm preconditioning: its loss weight is made for it",
+        ),
+        (o.name in ("ct", "ict") and o.s1 < o.s0, "objective.s1", f"must be at least objective.s0 ({o.name})"),
+        (
+            o.name == "ct" and o.lpips_weights is not None and o.metric != "lpips",
+            "objective.lpips_weights",
+            f"is for objective.metric: lpips, and the metric is {getattr(o, 'metric', '')}",
+        ),
+        (
+            "half_life_kimg" in cfg.ema.model_fields_set
+            and cfg.ema.half_life_kimg is not None
+            and "decay" in cfg.ema.model_fields_set,
+            "ema.half_life_kimg",
+            "is given beside ema.decay; keep one of them",
+        ),
+        (not cfg.ema.decay, "ema.decay", "needs at least one number"),
+        (cfg.ema.half_life_kimg == [], "ema.half_life_kimg", "needs at least one number"),
+        (
+            any(a <= b for a, b in itertools.pairwise(cfg.sample.sigmas or [])),
+            "sample.sigmas",
+            "must descend",
+        ),
+        (
+            max(cfg.sample.sigmas or [0]) > n.sigma_max,
+            "sample.sigmas",
+            f"starts above network.sigma_max ({n.sigma_max}), which the network never saw",
+        ),
+        (
+            cfg.metrics.reference is not None and cfg.metrics.features != "inception",
+            "metrics.reference",
+            "holds Inception statistics; set metrics.features: inception",
+        ),
+        (
+            cfg.metrics.features == "classifier" and "isc" in cfg.metrics.scores,
+            "metrics.scores",
+            "isc is defined on Inception's classes; set metrics.features: inception",
+        ),
+    ]
+    for broken, key, message in rules:
+        if broken:
+            raise ConfigError(f"{place(key)}: {key}: {message}")
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def dump(cfg: Config) -> str:
+    """The whole config as YAML, readable by load."""
+    sections = json.loads(cfg.model_dump_json())
+    for section, values in sections.items():
+        if "name" in values:
+            sections[section] = {"name": values.pop("name"), **values}
+    return yaml.safe_dump(sections, sort_keys=False, default_flow_style=None)
+
+
+def json_schema() -> str:
+    """JSON schema for editors: what config.schema.json holds."""
+    return json.dumps(Config.model_json_schema(), indent=1) + "\n"
+
+
+def first_difference(a: BaseModel, b: BaseModel, ignore: frozenset[str] = frozenset()) -> str | None:
+    """The first section.key in which two configs differ, with both values; None where they agree."""
+    left, right = a.model_dump(), b.model_dump()
+    for section in left:
+        for key in {**left[section], **right[section]}:
+            name = f"{section}.{key}"
+            if name not in ignore and left[section].get(key) != right[section].get(key):
+                return f"{name} is {left[section].get(key)!r} there and {right[section].get(key)!r} here"
+    return None
+
+
+if __name__ == "__main__":  # python config.py > config.schema.json
+    print(json_schema(), end="")

@@ -1,0 +1,49 @@
+"""Which device and arithmetic a process uses, and its place among the processes of torchrun."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from config import ConfigError
+
+
+def start_ranks() -> None:
+    """Join torchrun's other processes, if it started this one: NCCL on GPUs, gloo on CPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `run.device` names, one GPU a rank. Raises ConfigError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError(f"run.device: {name}: torch sees no CUDA device here; use run.device=cpu or auto")
+        device = torch.device(name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"run.device: {device}: there are {torch.cuda.device_count()} CUDA devices here")
+        torch.cuda.set_device(device)
+        return device
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("run.device: mps: torch sees no Apple GPU here; use run.device=cpu or auto")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """fp32, bf16, fp16 or fp64; `auto` takes what the device does fast."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"

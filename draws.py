@@ -1,0 +1,75 @@
+"""Random draws as pure functions of (seed, step, place in the global batch).
+
+No generator state is ever saved: a resumed run, a run on two devices and a run in four microbatches all see the
+numbers that one unbroken run on one device sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+
+def key(*parts: int | str) -> int:
+    """A 63-bit seed from any tuple of ints and strings; equal tuples give equal seeds on every platform."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Draws:
+    """The random numbers of one training step, for rows [start, start + count) of a global batch of `total`.
+
+    Every method draws for the whole global batch and keeps its own rows, so what a sample gets depends on its place in
+    the batch alone, never on how the batch is split. Drawing is a tiny part of a step; drawing it all everywhere is
+    what makes that independence free of bookkeeping.
+    """
+
+    def __init__(
+        self,
+        seed: int,  # any non-negative integer, usually key(run seed, "step", step)
+        count: int,  # rows in this process's (micro)batch
+        start: int = 0,  # the first of them in the global batch
+        total: int | None = None,  # rows in the global batch; None: count
+        device: torch.device | str = "cpu",
+    ):
+        self.count, self.start, self.total = count, start, count if total is None else total
+        self.device = torch.device(device)
+        self.generator = torch.Generator(device=self.device).manual_seed(seed)
+
+    @classmethod
+    def fresh(cls, x: torch.Tensor) -> Draws:
+        """Draws for a batch x (B, ...) seeded from torch's global generator: for scripts that seed by hand."""
+        return cls(int(torch.randint(2**62, ())), count=len(x), device=x.device)
+
+    def _own(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[self.start : self.start + self.count]
+
+    def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """N(0, 1) of `shape`, whose first entry is `count`."""
+        size = (self.total, *shape[1:])
+        return self._own(torch.randn(size, generator=self.generator, device=self.device, dtype=dtype))
+
+    def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """U[0, 1) of `shape`, whose first entry is `count`."""
+        size = (self.total, *shape[1:])
+        return self._own(torch.rand(size, generator=self.generator, device=self.device, dtype=dtype))
+
+    def integers(self, high: int, shape: Sequence[int]) -> torch.Tensor:
+        """int64 in [0, high) of `shape`, whose first entry is `count`."""
+        size = (self.total, *shape[1:])
+        return self._own(torch.randint(high, size, generator=self.generator, device=self.device))
+
+
+def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int], stream: str = "start") -> torch.Tensor:
+    """N(0, 1) for generated samples: float32 on the CPU, (len(indices), *shape).
+
+    Row i depends on (seed, indices[i], stream) alone, so sample 17 of seed 3 is the same whatever the batch size, the
+    number of devices and their kind. `stream` tells the draws of one sample apart: its start, its 2nd step, ...
+    """
+    rows = torch.empty(len(indices), *shape)
+    generator = torch.Generator()
+    for row, index in zip(rows, indices, strict=True):
+        torch.randn(tuple(shape), generator=generator.manual_seed(key(seed, stream, int(index))), out=row)
+    return rows

@@ -1,0 +1,88 @@
+"""The wrapper that turns a raw network into a denoiser (2206.00364 table 1; 2303.01469 appendix C)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Preconditioner(nn.Module):
+    """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise).
+
+    precond: "edm", or "cm" whose boundary is D(x; sigma_min) = x. c_noise: "log" is ln(sigma)/4, "log250" is
+    250 ln(sigma). The arithmetic is float32 (float64 for float64 x) whatever autocast makes of the network.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precond: str = "edm",
+        c_noise: str = "log",
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ) -> None:
+        super().__init__()
+        if precond not in ("edm", "cm"):
+            raise ValueError(f"precond is {precond!r}; it must be edm or cm")
+        if c_noise not in ("log", "log250"):
+            raise ValueError(f"c_noise is {c_noise!r}; it must be log or log250")
+        self.model = model
+        self.precond = precond
+        self.c_noise = c_noise
+        self.sigma_data = sigma_data
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.img_resolution: int = model.img_resolution
+        self.img_channels: int = model.img_channels
+        self.label_dim: int = model.label_dim
+        self.augment_dim: int = model.augment_dim
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Estimate of the clean data, of x's shape; float32, or float64 if x is float64.
+
+        x: (B, ...) noisy data. sigma: (B,) its noise levels. class_labels: (B, label_dim) one-hot or None (the null
+        label). augment_labels: (B, augment_dim) or None (not augmented). ValueError for labels of another shape.
+        """
+        x, sigma = self._cast(x, sigma)
+        f = self.raw(x, sigma, class_labels, augment_labels).to(x.dtype)
+        sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        eps = self.sigma_min if self.precond == "cm" else 0.0
+        c_skip = self.sigma_data**2 / ((sigma - eps) ** 2 + self.sigma_data**2)
+        c_out = self.sigma_data * (sigma - eps) / (sigma**2 + self.sigma_data**2).sqrt()
+        return c_skip * x + c_out * f
+
+    def raw(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """F(c_in x, c_noise(sigma)), the network's own output; arguments as in `forward`."""
+        x, sigma = self._cast(x, sigma)
+        class_labels = self._labels("class_labels", class_labels, self.label_dim, x)
+        augment_labels = self._labels("augment_labels", augment_labels, self.augment_dim, x)
+        c_in = (sigma**2 + self.sigma_data**2).rsqrt().reshape(-1, *[1] * (x.ndim - 1))
+        log_sigma = sigma.clamp(min=1e-8).log()  # finite at sigma = 0
+        c_noise = log_sigma / 4 if self.c_noise == "log" else log_sigma * 250
+        return self.model(c_in * x, c_noise, class_labels, augment_labels)
+
+    @staticmethod
+    def _cast(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.to(dtype), sigma.to(dtype).expand(x.shape[0])
+
+    @staticmethod
+    def _labels(name: str, labels: Tensor | None, dim: int, x: Tensor) -> Tensor | None:
+        if dim == 0 and labels is None:
+            return None
+        if labels is None:
+            return x.new_zeros(x.shape[0], dim)
+        if labels.shape != (x.shape[0], dim):
+            raise ValueError(f"{name} has shape {tuple(labels.shape)}; this network needs {(x.shape[0], dim)}")
+        return labels.to(x.dtype)

@@ -1,0 +1,340 @@
+"""The UNets of EDM (2206.00364): SongUNet (DDPM++ and NCSN++, 2011.13456) and DhariwalUNet (ADM, 2105.05233).
+
+Both are called as `network(x, c_noise, class_labels=None, augment_labels=None) -> F`, shapes (B, C, H, W), (B,),
+(B, label_dim), (B, augment_dim) -> (B, out_channels, H, W). Wrap them in a `Preconditioner` to get a denoiser.
+Module names spell resolution and role, "16x16_block0", as in published EDM checkpoints.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import (
+    FourierEmbedding,
+    GroupNorm,
+    PositionalEmbedding,
+    Resample,
+    ResampleConv,
+    UNetBlock,
+    initialised,
+    kaiming,
+    xavier,
+)
+
+
+def _level_resolutions(img_resolution: int, channel_mult: Sequence[int]) -> list[int]:
+    factor = 2 ** (len(channel_mult) - 1)
+    if img_resolution % factor:
+        raise ValueError(
+            f"resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times (channel_mult has "
+            f"{len(channel_mult)} levels); take fewer levels or a resolution divisible by {factor}"
+        )
+    return [img_resolution >> level for level in range(len(channel_mult))]
+
+
+def _drop_labels(class_labels: Tensor, probability: float, training: bool) -> Tensor:
+    """In training, zero whole rows with this probability (for classifier-free guidance)."""
+    if not training or not probability:
+        return class_labels
+    keep = torch.rand(class_labels.shape[0], 1, device=class_labels.device) >= probability
+    return class_labels * keep
+
+
+class SongUNet(nn.Module):
+    """DDPM++ (the defaults) and NCSN++ (fourier, residual, [1, 3, 3, 1], channel_mult_noise 2)."""
+
+    def __init__(
+        self,
+        img_resolution: int,  # height and width in pixels
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,  # number of classes; 0: unconditional
+        augment_dim: int = 0,  # number of augmentation labels; 0: none
+        model_channels: int = 128,  # channels at the first level, before channel_mult
+        channel_mult: Sequence[int] = (1, 2, 2, 2),  # channels of each level, as multiples
+        channel_mult_emb: int = 4,  # width of the embedding, as a multiple
+        num_blocks: int = 4,  # residual blocks per level (the decoder has one more)
+        attn_resolutions: Sequence[int] = (16,),  # resolutions with self-attention
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,  # chance of training on the null label
+        embedding_type: str = "positional",  # of c_noise: "positional" (DDPM++) or "fourier" (NCSN++)
+        channel_mult_noise: int = 1,  # width of the noise embedding: 1 (DDPM++) or 2 (NCSN++)
+        encoder_type: str = "standard",  # "standard" (DDPM++), "residual" (NCSN++) or "skip"
+        decoder_type: str = "standard",  # "standard" or "skip"
+        resample_filter: Sequence[float] = (1, 1),  # (1, 1) (DDPM++) or (1, 3, 3, 1) (NCSN++)
+        fourier_scale: float = 16.0,  # std of the Fourier frequencies: 16 (EDM), 0.02 (iCT, 2310.14189)
+        scale_shift_norm: bool = False,  # the embedding scales and shifts (AdaGN) instead of being added
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("embedding_type", embedding_type, ("positional", "fourier")),
+            ("encoder_type", encoder_type, ("standard", "residual", "skip")),
+            ("decoder_type", decoder_type, ("standard", "skip")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        self.img_resolution = img_resolution
+        self.img_channels = in_channels
+        self.label_dim = label_dim
+        self.augment_dim = augment_dim
+        self.label_dropout = label_dropout
+        self.encoder_type = encoder_type
+        self.decoder_type = decoder_type
+        self.num_blocks = num_blocks
+        self.resolutions = _level_resolutions(img_resolution, channel_mult)
+
+        emb_channels = model_channels * channel_mult_emb
+        noise_channels = model_channels * channel_mult_noise
+        zero_scale = 1e-5  # "zero" initialisation: small, so that gradients reach every layer at once
+
+        def block(cin: int, cout: int, attention: bool = False, resample: str | None = None) -> UNetBlock:
+            return UNetBlock(
+                cin,
+                cout,
+                emb_channels=emb_channels,
+                init=xavier,
+                zero_scale=zero_scale,
+                attention_scale=math.sqrt(0.2),
+                eps=1e-6,
+                num_heads=int(attention),
+                resample=resample,
+                resample_filter=resample_filter,
+                resample_proj=True,
+                dropout=dropout,
+                skip_scale=math.sqrt(0.5),
+                scale_shift_norm=scale_shift_norm,
+            )
+
+        if embedding_type == "positional":
+            self.map_noise: nn.Module = PositionalEmbedding(noise_channels, endpoint=True)
+        else:
+            self.map_noise = FourierEmbedding(noise_channels, fourier_scale)
+        if label_dim:
+            self.map_label = initialised(nn.Linear(label_dim, noise_channels), xavier)
+        if augment_dim:
+            self.map_augment = initialised(nn.Linear(augment_dim, noise_channels, bias=False), xavier)
+        self.map_layer0 = initialised(nn.Linear(noise_channels, emb_channels), xavier)
+        self.map_layer1 = initialised(nn.Linear(emb_channels, emb_channels), xavier)
+
+        widths = [model_channels * mult for mult in channel_mult]
+        self.enc = nn.ModuleDict()
+        channels = aux_channels = in_channels
+        skips: list[int] = []
+        for res, width in zip(self.resolutions, widths, strict=True):
+            if res == img_resolution:
+                self.enc[f"{res}x{res}_conv"] = initialised(nn.Conv2d(channels, model_channels, 3, padding=1), xavier)
+                channels = model_channels
+            else:
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, resample="down")
+                if encoder_type == "skip":
+                    self.enc[f"{res}x{res}_aux_down"] = Resample("down", resample_filter)
+                    self.enc[f"{res}x{res}_aux_skip"] = initialised(nn.Conv2d(aux_channels, channels, 1), xavier)
+                if encoder_type == "residual":
+                    aux = ResampleConv(aux_channels, channels, 3, "down", resample_filter, filter_last=True)
+                    self.enc[f"{res}x{res}_aux_residual"] = initialised(aux, xavier)
+                    aux_channels = channels
+            skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{res}x{res}_block{i}"] = block(channels, width, attention=res in attn_resolutions)
+                channels = width
+                skips.append(channels)
+
+        self.dec = nn.ModuleDict()
+        for res, width in zip(reversed(self.resolutions), reversed(widths), strict=True):
+            if res == self.resolutions[-1]:
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, resample="up")
+            for i in range(num_blocks + 1):
+                attention = i == num_blocks and res in attn_resolutions
+                self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), width, attention)
+                channels = width
+            if decoder_type == "skip" and res != self.resolutions[-1]:
+                self.dec[f"{res}x{res}_aux_up"] = Resample("up", resample_filter)
+            if decoder_type == "skip" or res == img_resolution:
+                self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(channels, eps=1e-6)
+                out = nn.Conv2d(channels, out_channels, 3, padding=1)
+                self.dec[f"{res}x{res}_aux_conv"] = initialised(out, xavier, zero_scale)
+
+    def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """(B, emb_channels) from the noise level and the labels."""
+        emb = self.map_noise(c_noise)
+        cos, sin = emb.chunk(2, dim=1)
+        emb = torch.cat([sin, cos], dim=1)  # published weights expect the sines first
+        if self.label_dim and class_labels is not None:
+            labels = _drop_labels(class_labels, self.label_dropout, self.training)
+            emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
+        if self.augment_dim and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        emb = self.embed(c_noise, class_labels, augment_labels)
+        enc, dec = self.enc, self.dec
+
+        aux = x
+        skips: list[Tensor] = []
+        for res in self.resolutions:
+            at = f"{res}x{res}"
+            if res == self.img_resolution:
+                x = enc[f"{at}_conv"](x)
+            else:
+                x = enc[f"{at}_down"](x, emb)
+                if self.encoder_type == "skip":
+                    aux = enc[f"{at}_aux_down"](aux)
+                    x = x + enc[f"{at}_aux_skip"](aux)
+                if self.encoder_type == "residual":
+                    x = aux = (x + enc[f"{at}_aux_residual"](aux)) * math.sqrt(0.5)
+            skips.append(x)
+            for i in range(self.num_blocks):
+                x = enc[f"{at}_block{i}"](x, emb)
+                skips.append(x)
+
+        out: Tensor | None = None
+        for res in reversed(self.resolutions):
+            at = f"{res}x{res}"
+            if res == self.resolutions[-1]:
+                x = dec[f"{at}_in0"](x, emb)
+                x = dec[f"{at}_in1"](x, emb)
+            else:
+                x = dec[f"{at}_up"](x, emb)
+            for i in range(self.num_blocks + 1):
+                x = dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb)
+            if self.decoder_type == "skip" or res == self.img_resolution:
+                y = dec[f"{at}_aux_conv"](F.silu(dec[f"{at}_aux_norm"](x)))
+                out = y if out is None else y + dec[f"{at}_aux_up"](out)
+        return out
+
+
+class DhariwalUNet(nn.Module):
+    """ADM: multi-head attention of 64 channels per head, adaptive group norm, plain residual sums."""
+
+    def __init__(
+        self,
+        img_resolution: int,  # height and width in pixels
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,  # number of classes; 0: unconditional
+        augment_dim: int = 0,  # number of augmentation labels; 0: none
+        model_channels: int = 192,  # channels at the first level, before channel_mult
+        channel_mult: Sequence[int] = (1, 2, 3, 4),  # channels of each level, as multiples
+        channel_mult_emb: int = 4,  # width of the embedding, as a multiple
+        num_blocks: int = 3,  # residual blocks per level (the decoder has one more)
+        attn_resolutions: Sequence[int] = (32, 16, 8),  # resolutions with self-attention
+        dropout: float = 0.10,
+        label_dropout: float = 0.0,  # chance of training on the null label
+        scale_shift_norm: bool = True,  # the embedding scales and shifts (AdaGN) instead of being added
+    ) -> None:
+        super().__init__()
+        self.img_resolution = img_resolution
+        self.img_channels = in_channels
+        self.label_dim = label_dim
+        self.augment_dim = augment_dim
+        self.label_dropout = label_dropout
+        self.num_blocks = num_blocks
+        self.resolutions = _level_resolutions(img_resolution, channel_mult)
+
+        emb_channels = model_channels * channel_mult_emb
+
+        def block(cin: int, cout: int, attention: bool = False, resample: str | None = None) -> UNetBlock:
+            return UNetBlock(
+                cin,
+                cout,
+                emb_channels=emb_channels,
+                init=kaiming,
+                zero_scale=0.0,
+                attention_scale=1.0,
+                eps=1e-5,
+                num_heads=max(1, cout // 64) if attention else 0,
+                resample=resample,
+                dropout=dropout,
+                scale_shift_norm=scale_shift_norm,
+            )
+
+        self.map_noise = PositionalEmbedding(model_channels)
+        if augment_dim:
+            self.map_augment = initialised(nn.Linear(augment_dim, model_channels, bias=False), kaiming, 0.0)
+        self.map_layer0 = initialised(nn.Linear(model_channels, emb_channels), kaiming)
+        self.map_layer1 = initialised(nn.Linear(emb_channels, emb_channels), kaiming)
+        if label_dim:
+            self.map_label = nn.Linear(label_dim, emb_channels, bias=False)
+            nn.init.normal_(self.map_label.weight)  # one row per class, like an embedding table
+
+        widths = [model_channels * mult for mult in channel_mult]
+        self.enc = nn.ModuleDict()
+        channels = in_channels
+        skips: list[int] = []
+        for res, width in zip(self.resolutions, widths, strict=True):
+            if res == img_resolution:
+                self.enc[f"{res}x{res}_conv"] = initialised(nn.Conv2d(channels, width, 3, padding=1), kaiming)
+                channels = width
+            else:
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, resample="down")
+            skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{res}x{res}_block{i}"] = block(channels, width, attention=res in attn_resolutions)
+                channels = width
+                skips.append(channels)
+
+        self.dec = nn.ModuleDict()
+        for res, width in zip(reversed(self.resolutions), reversed(widths), strict=True):
+            if res == self.resolutions[-1]:
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, resample="up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), width, res in attn_resolutions)
+                channels = width
+        self.out_norm = GroupNorm(channels, eps=1e-5)
+        self.out_conv = initialised(nn.Conv2d(channels, out_channels, 3, padding=1), kaiming, 0.0)
+
+    def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        """(B, emb_channels) from the noise level and the labels."""
+        emb = self.map_noise(c_noise)
+        if self.augment_dim and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if self.label_dim and class_labels is not None:
+            emb = emb + self.map_label(_drop_labels(class_labels, self.label_dropout, self.training))
+        return F.silu(emb)
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        emb = self.embed(c_noise, class_labels, augment_labels)
+        enc, dec = self.enc, self.dec
+
+        skips: list[Tensor] = []
+        for res in self.resolutions:
+            at = f"{res}x{res}"
+            x = enc[f"{at}_conv"](x) if res == self.img_resolution else enc[f"{at}_down"](x, emb)
+            skips.append(x)
+            for i in range(self.num_blocks):
+                x = enc[f"{at}_block{i}"](x, emb)
+                skips.append(x)
+
+        for res in reversed(self.resolutions):
+            at = f"{res}x{res}"
+            if res == self.resolutions[-1]:
+                x = dec[f"{at}_in0"](x, emb)
+                x = dec[f"{at}_in1"](x, emb)
+            else:
+                x = dec[f"{at}_up"](x, emb)
+            for i in range(self.num_blocks + 1):
+                x = dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb)
+        return self.out_conv(F.silu(self.out_norm(x)))

@@ -1,0 +1,83 @@
+"""CT: consistency training with an EMA target (Song et al. 2023, 2303.01469 alg. 3)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from draws import Draws
+from losses import Distance
+from objectives.common import Output, like, replayed, rng_state
+from schedules import ct_levels, ct_target_decay, karras_sigmas
+
+
+def snr_weight(name: str, sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    """lambda as a function of the student's signal-to-noise ratio sigma^-2; `uniform`, 1, is the paper's (B,)."""
+    snr = sigma**-2
+    return {
+        "uniform": torch.ones_like(snr),
+        "snr": snr,
+        "snr+1": snr + 1,
+        "karras": snr + sigma_data**-2,
+        "truncated-snr": snr.clamp(min=1),
+    }[name]
+
+
+class ConsistencyTraining(torch.nn.Module):
+    """loss = lambda d(D(x + s_{n+1} z; s_{n+1}), sg D_target(x + s_n z; s_n)), n uniform on a grid of N(k) levels.
+
+    The target is a moving average of the student with decay mu(k); call `after_step` after every optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,  # the student; its copy becomes the target
+        total_steps: int,  # K
+        distance: Distance,  # (B, ...), (B, ...) -> (B,)
+        s0: int = 2,  # N(0)
+        s1: int = 150,  # N(K) is s1 + 1
+        mu0: float = 0.9,  # the target's decay while the grid is s0
+        weighting: str = "uniform",
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+    ):
+        super().__init__()
+        self.target = copy.deepcopy(model).requires_grad_(False)
+        self.distance = distance
+        self.total_steps, self.s0, self.s1, self.mu0 = total_steps, s0, s1, mu0
+        self.weighting, self.sigma_data = weighting, sigma_data
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def levels(self, step: int) -> int:
+        """N(k)."""
+        return ct_levels(min(step, self.total_steps), self.total_steps, self.s0, self.s1)
+
+    def forward(self, model, x, step=0, draws=None, index=None, noise=None, **conditions) -> Output:
+        """x (B, ...) clean data; index (B,) int64, n of the pair, 0 at sigma_min, and noise (B, ...) may be given."""
+        draws = draws or Draws.fresh(x)
+        N = self.levels(step)
+        sigmas = karras_sigmas(N, self.sigma_min, self.sigma_max, device=x.device).flip(0)
+        if index is None:
+            index = draws.integers(N - 1, (len(x),))
+        if noise is None:
+            noise = draws.normal(x.shape, x.dtype)
+        low, high = sigmas[index].to(x.dtype), sigmas[index + 1].to(x.dtype)
+
+        dropout = rng_state(x.device)
+        D = model(x + like(high, x) * noise, high, **conditions)
+        with torch.no_grad(), replayed(dropout, x.device):
+            D_target = self.target(x + like(low, x) * noise, low, **conditions)
+        loss = snr_weight(self.weighting, high, self.sigma_data) * self.distance(D, D_target)
+        return Output(loss.mean(), {"N": N, "mu": self.target_decay(step)})
+
+    def target_decay(self, step: int) -> float:
+        """mu(k)."""
+        return ct_target_decay(self.levels(step), self.s0, self.mu0)
+
+    @torch.no_grad()
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        """target <- mu(k) target + (1 - mu(k)) student."""
+        target, student = list(self.target.parameters()), list(model.parameters())
+        torch._foreach_lerp_(target, student, 1 - self.target_decay(step))

@@ -1,0 +1,56 @@
+"""ECT: easy consistency tuning (Geng et al. 2024, 2406.14548)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from draws import Draws
+from losses import pseudo_huber
+from objectives.common import Output, like, replayed, rng_state
+from schedules import ect_r
+
+
+class EasyConsistencyTuning(torch.nn.Module):
+    """loss = (sqrt(|D_t - sg D_r|^2 + c^2) - c) / (t - r): the gap t - r closes as the stages go by.
+
+    Where r = 0 the target is the data itself, so the run starts close to diffusion training.
+    """
+
+    def __init__(
+        self,
+        steps_per_stage: float,  # the stage grows by one every so many steps; math.inf: constant at 0
+        q: float = 2.0,  # delta t shrinks by this factor per stage
+        mapping: str = "sigmoid",  # n(t), see schedules.ect_r
+        P_mean: float = -1.1,  # mean of ln t
+        P_std: float = 2.0,  # its standard deviation
+        huber_c: float = 0.0,  # c of the pseudo-Huber distance
+    ):
+        super().__init__()
+        self.steps_per_stage, self.q, self.mapping = steps_per_stage, q, mapping
+        self.P_mean, self.P_std, self.huber_c = P_mean, P_std, huber_c
+
+    def stage(self, step: int) -> int:
+        """a(k); it stops growing where t and r are 2^-20 apart, before a float32 network sees them as one."""
+        last = max(int(20 / math.log2(self.q)) - 1, 0)
+        return min(int(step // self.steps_per_stage), last)
+
+    def forward(self, model, x, step=0, draws=None, t=None, noise=None, **conditions) -> Output:
+        """x (B, ...) clean data; noise levels t (B,) and noise (B, ...) may be given."""
+        draws = draws or Draws.fresh(x)
+        if t is None:
+            # float64, because t - r is a small difference of large numbers
+            t = (self.P_mean + self.P_std * draws.normal((len(x),)).double()).exp()
+        if noise is None:
+            noise = draws.normal(x.shape, x.dtype)
+        r = ect_r(t, self.stage(step), self.q, self.mapping)
+
+        dropout = rng_state(x.device)
+        D_t = model(x + like(t, x) * noise, t, **conditions)
+        with torch.no_grad(), replayed(dropout, x.device):
+            at = torch.where(r > 0, r, t)  # ln 0 is no noise label; these rows take the data below
+            D_r = model(x + like(at, x) * noise, at, **conditions)
+            target = torch.where(like(r, x) > 0, D_r, x)
+        loss = pseudo_huber(D_t, target, self.huber_c) / (t - r)
+        return Output(loss.mean(), {"stage": self.stage(step), "gap": ((t - r) / t).mean()})

@@ -1,0 +1,36 @@
+"""EDM: denoising at a log-normal noise level; trains the teacher (Karras et al. 2022, 2206.00364)."""
+
+from __future__ import annotations
+
+import torch
+
+from draws import Draws
+from losses import l2
+from objectives.common import Output, like
+
+
+class EDM(torch.nn.Module):
+    """loss = lambda(sigma) |D(x + sigma z; sigma) - x|^2, lambda = (sigma^2 + sd^2) / (sigma sd)^2 (2206.00364 tab. 1).
+
+    The square is averaged over a sample's elements and over the batch.
+    """
+
+    def __init__(
+        self,
+        P_mean: float = -1.2,  # mean of ln sigma
+        P_std: float = 1.2,  # standard deviation of ln sigma
+        sigma_data: float = 0.5,  # standard deviation of the data
+    ):
+        super().__init__()
+        self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
+
+    def forward(self, model, x, step=0, draws=None, sigma=None, noise=None, **conditions) -> Output:
+        """x (B, ...) clean data; noise levels sigma (B,) and noise (B, ...) may be given."""
+        draws = draws or Draws.fresh(x)
+        if sigma is None:
+            sigma = (self.P_mean + self.P_std * draws.normal((len(x),))).exp()
+        if noise is None:
+            noise = draws.normal(x.shape, x.dtype)
+        D = model(x + like(sigma, x) * noise, sigma, **conditions)
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+        return Output((weight * l2(D, x)).mean())

@@ -1,0 +1,63 @@
+"""iCT: improved consistency training (Song & Dhariwal 2023, 2310.14189)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from draws import Draws
+from losses import Distance, pseudo_huber
+from objectives.common import Output, like, replayed, rng_state
+from schedules import ict_index_probabilities, ict_levels, karras_sigmas
+
+
+class ImprovedConsistencyTraining(torch.nn.Module):
+    """loss = d(D(x + s_{i+1} z; s_{i+1}), sg D(x + s_i z; s_i)) / (s_{i+1} - s_i), i log-normally weighted.
+
+    No EMA target: the target is the student itself, with the same dropout mask.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,  # K
+        distance: Distance = pseudo_huber,  # on the whole sample, c = 0.00054 sqrt(d)
+        s0: int = 10,  # N(0) - 1
+        s1: int = 1280,  # N(K) - 1
+        P_mean: float = -1.1,  # mean of ln sigma of the pairs
+        P_std: float = 2.0,  # its standard deviation
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ):
+        super().__init__()
+        self.total_steps, self.distance = total_steps, distance
+        self.s0, self.s1, self.P_mean, self.P_std = s0, s1, P_mean, P_std
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.grid = functools.lru_cache(maxsize=2)(self._grid)  # it changes only when N doubles
+
+    def levels(self, step: int) -> int:
+        """N(k)."""
+        return ict_levels(min(step, self.total_steps), self.total_steps, self.s0, self.s1)
+
+    def _grid(self, N: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ascending noise levels (N,) and the cumulative probabilities of their pairs (N-1,), float64."""
+        sigmas = karras_sigmas(N, self.sigma_min, self.sigma_max, device=device).flip(0)
+        return sigmas, ict_index_probabilities(sigmas, self.P_mean, self.P_std).cumsum(0)
+
+    def forward(self, model, x, step=0, draws=None, index=None, noise=None, **conditions) -> Output:
+        """x (B, ...) clean data; index (B,) int64, i of the pair, 0 at sigma_min, and noise (B, ...) may be given."""
+        draws = draws or Draws.fresh(x)
+        N = self.levels(step)
+        sigmas, cumulative = self.grid(N, x.device)
+        if index is None:
+            u = draws.uniform((len(x),), torch.float64)
+            index = torch.searchsorted(cumulative, u, right=True).clamp(max=N - 2)
+        if noise is None:
+            noise = draws.normal(x.shape, x.dtype)
+        low, high = sigmas[index].to(x.dtype), sigmas[index + 1].to(x.dtype)
+
+        dropout = rng_state(x.device)
+        D = model(x + like(high, x) * noise, high, **conditions)
+        with torch.no_grad(), replayed(dropout, x.device):
+            D_target = model(x + like(low, x) * noise, low, **conditions)
+        return Output((self.distance(D, D_target) / (high - low)).mean(), {"N": N})

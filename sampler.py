@@ -1,0 +1,125 @@
+"""Noise in, data out: pure functions of a model, starting noise and noise levels.
+
+`model(x, sigma, **conditions)` maps a batch of any shape and its noise levels (B,) to clean data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from config import Config
+from draws import key, sample_noise
+from schedules import karras_sigmas
+
+Model = Callable[..., torch.Tensor]
+NoiseAt = Callable[[int], torch.Tensor]
+
+
+def multistep(
+    model: Model,
+    z: torch.Tensor,  # (B, ...) N(0, 1)
+    sigmas: Sequence[float],  # descending noise levels, the first where z starts; one level is one-step sampling
+    noise_at: NoiseAt | None = None,  # i >= 1 -> (B, ...) N(0, 1) injected before evaluation i; None: torch's generator
+    sigma_min: float = 0.002,
+    **conditions: torch.Tensor | None,
+) -> torch.Tensor:
+    """Clean data in len(sigmas) evaluations: x <- D(x + sqrt(s^2 - sigma_min^2) z; s) (2303.01469 alg. 1)."""
+    x = model(sigmas[0] * z, _level(sigmas[0], z), **conditions)
+    for i, sigma in enumerate(sigmas[1:], start=1):
+        noise = torch.randn_like(z) if noise_at is None else noise_at(i)
+        x = x + max(sigma**2 - sigma_min**2, 0) ** 0.5 * noise
+        x = model(x, _level(sigma, z), **conditions)
+    return x
+
+
+def heun(
+    model: Model,
+    z: torch.Tensor,  # (B, ...) N(0, 1)
+    sigmas: Sequence[float],  # descending noise levels, without the final 0
+    **conditions: torch.Tensor | None,
+) -> torch.Tensor:
+    """The probability-flow ODE by Heun's method in 2 len(sigmas) - 1 evaluations (2206.00364 alg. 1, no churn)."""
+    x = sigmas[0] * z
+    for sigma, lower in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        slope = (x - model(x, _level(sigma, z), **conditions)) / sigma
+        ahead = x + (lower - sigma) * slope
+        if lower > 0:  # the last step, to zero, is Euler's
+            slope_ahead = (ahead - model(ahead, _level(lower, z), **conditions)) / lower
+            ahead = x + (lower - sigma) * (slope + slope_ahead) / 2
+        x = ahead
+    return x
+
+
+def _level(sigma: float, z: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(z),), float(sigma), dtype=z.dtype, device=z.device)
+
+
+def draw_labels(seed: int, indices: Sequence[int], class_counts: Sequence[int]) -> torch.Tensor:
+    """Class of each sample, int64 (len(indices),), as often as in the training set; depends on (seed, index) alone."""
+    shares = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
+    uniform = [key(seed, "label", int(i)) / 2**63 for i in indices]
+    return torch.searchsorted(shares, torch.tensor(uniform, dtype=torch.float64) * shares[-1], right=True)
+
+
+def levels(
+    steps: int,
+    sigma_max: float = 80.0,
+    sigma_min: float = 0.002,
+    given: Sequence[float] | None = None,  # a config's sample.sigmas
+) -> list[float]:
+    """Noise levels for multistep sampling in `steps` evaluations, descending.
+
+    The first `steps` of `given` where it has so many; else, for two steps, sigma_max and 0.821 (the second level of
+    iCT and ECT on CIFAR-10, 2310.14189), and for others equal steps through the Karras grid.
+    """
+    if given is not None and steps <= len(given):
+        return list(given[:steps])
+    if steps == 1:
+        return [sigma_max]
+    if steps == 2 and sigma_max > 0.821:
+        return [sigma_max, 0.821]
+    return karras_sigmas(steps + 1, sigma_min, sigma_max)[:-1].tolist()
+
+
+def plan(cfg: Config, steps: int = 1) -> tuple[list[float], str]:
+    """(noise levels, solver) that a config samples by: `steps` evaluations, or Heun's for a diffusion model."""
+    low, high, s = cfg.network.sigma_min, cfg.network.sigma_max, cfg.sample
+    if s.solver == "heun" or (s.solver == "auto" and cfg.objective.name == "edm"):
+        return karras_sigmas(s.heun_steps, low, high).tolist(), "heun"
+    return levels(steps, high, low, s.sigmas), "multistep"
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,  # networks.Preconditioner, in eval mode
+    seed: int,
+    indices: Sequence[int],  # which samples of this seed
+    sigmas: Sequence[float],  # noise levels, descending; see multistep and heun
+    solver: str = "multistep",  # or "heun"
+    labels: torch.Tensor | None = None,  # int64 (len(indices),), the class of each, for a conditional model
+    batch_size: int = 256,
+) -> Iterator[torch.Tensor]:
+    """Batches of samples (B, C, H, W), float32 in [-1, 1], in the order of `indices`.
+
+    Sample i of a seed starts from the same noise, whatever batch, device or process it is drawn in.
+    """
+    device = next(model.parameters()).device
+    shape = (model.img_channels, model.img_resolution, model.img_resolution)
+    for start in range(0, len(indices), batch_size):
+        own = indices[start : start + batch_size]
+        z = sample_noise(seed, own, shape).to(device)
+        one_hot = None
+        if labels is not None:
+            classes = labels[start : start + batch_size]
+            one_hot = torch.nn.functional.one_hot(classes, model.label_dim).to(device, z.dtype)
+        if solver == "heun":
+            x = heun(model, z, sigmas, class_labels=one_hot)
+        else:
+
+            def noise_at(i: int, own: Sequence[int] = own) -> torch.Tensor:
+                return sample_noise(seed, own, shape, f"step {i}").to(device)
+
+            x = multistep(model, z, sigmas, noise_at, model.sigma_min, class_labels=one_hot)
+        yield x.clamp(-1, 1)

@@ -1,0 +1,74 @@
+"""Noise grids, step counts, EMA rates, the pairing t -> r and noise-level distributions, as pure functions.
+
+sigma is the noise level of x_sigma = x + sigma z (the papers' t in the EDM family), k the current step, K the run's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def karras_sigmas(
+    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """n noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho): float64 (n,).
+
+    2206.00364 eq. 5. n >= 2.
+    """
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64, device=device)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
+
+
+# CT (Song et al. 2023, 2303.01469) ------------------------------------------------------------------------------------
+
+
+def ct_levels(k: int, K: int, s0: int, s1: int) -> int:
+    """N(k): noise levels in the grid at step k, from s0 at the start to s1 + 1 at the end (2303.01469 app. C)."""
+    square = k / K * ((s1 + 1) ** 2 - s0**2) + s0**2
+    return max(math.ceil(math.sqrt(square) - 1), 1) + 1
+
+
+def ct_target_decay(levels: int, s0: int, mu0: float) -> float:
+    """mu(k): decay of the CT target network for a grid of `levels` = N(k) noise levels (2303.01469 app. C).
+
+    The paper's exponent divides by N - 1, the number of intervals.
+    """
+    return math.exp(s0 * math.log(mu0) / (levels - 1))
+
+
+# iCT (Song & Dhariwal 2023, 2310.14189) -------------------------------------------------------------------------------
+
+
+def ict_levels(k: int, K: int, s0: int, s1: int) -> int:
+    """N(k) = min(s0 2^floor(k/K'), s1) + 1: doubles at equal intervals K' of the run (2310.14189 eq. 11)."""
+    interval = math.floor(K / (math.log2(s1 // s0) + 1))
+    return min(s0 * 2 ** (k // max(interval, 1)), s1) + 1
+
+
+def ict_index_probabilities(sigmas: torch.Tensor, P_mean: float, P_std: float) -> torch.Tensor:
+    """p(i) of the pair (sigma_i, sigma_{i+1}) for ascending sigmas (N,): (N-1,), summing to 1 (2310.14189 eq. 10).
+
+    The log-normal's mass between neighbouring levels: N(P_mean, P_std^2) of ln sigma, discretised.
+    """
+    cdf = torch.erf((sigmas.log() - P_mean) / (math.sqrt(2) * P_std))
+    mass = cdf[1:] - cdf[:-1]
+    return mass / mass.sum()
+
+
+# ECT (Geng et al. 2024, 2406.14548) -----------------------------------------------------------------------------------
+
+
+def ect_r(
+    t: torch.Tensor,  # (B,) the student's noise level
+    stage: float,  # a: how often delta t has shrunk so far; 0 at the start
+    q: float = 2.0,  # factor by which it shrinks per stage
+    mapping: str = "sigmoid",  # n(t) = 1 + k sigmoid(-b t), or "const": n(t) = 1
+    k: float = 8.0,
+    b: float = 1.0,
+) -> torch.Tensor:
+    """r(t): the target's noise level, r = max(0, t (1 - q^-(stage+1) n(t))), (B,) (2406.14548 sec. 3.2, app. A)."""
+    n = 1 + k * torch.sigmoid(-b * t) if mapping == "sigmoid" else torch.ones_like(t)
+    return (t * (1 - n / q ** (stage + 1))).clamp(min=0)

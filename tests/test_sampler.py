@@ -1,0 +1,88 @@
+"""Samplers against the original code, and the promises about seeds."""
+
+import pytest
+import torch
+from conftest import golden, relative_error
+
+import config
+import networks
+import sampler
+from draws import key, sample_noise
+
+CASE = golden("samplers")
+
+
+def denoiser(x, sigma):
+    s = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return (0.36 * x / (0.36 + s**2)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("name", [k[:-7] for k in CASE if k.startswith("multistep") and k.endswith("_sigmas")])
+def test_multistep_matches_the_original(name):
+    sigmas = CASE[f"{name}_sigmas"][
+        :-1
+    ].tolist()  # the last is sigma_min, where the original adds and evaluates nothing
+    x = sampler.multistep(denoiser, CASE["z"], sigmas, lambda i: CASE["noises"][i - 1])
+    assert relative_error(x, CASE[name]) < 1e-6
+
+
+def test_heun_matches_the_original():
+    x = sampler.heun(denoiser, CASE["z"], CASE["karras_sigmas18"][:18].tolist())
+    assert relative_error(x, CASE["heun18"]) < 1e-6
+
+
+def test_heun_evaluates_twice_per_step_but_the_last():
+    calls = []
+    sampler.heun(lambda x, s: calls.append(float(s[0])) or x, torch.zeros(1, 2), [80.0, 5.0, 0.1])
+    assert calls == pytest.approx([80, 5, 5, 0.1, 0.1])
+
+
+def small(label_dim=0):
+    torch.manual_seed(0)
+    net = networks.SongUNet(8, 1, 1, label_dim=label_dim, model_channels=8, channel_mult=[1], num_blocks=1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return networks.Preconditioner(net).eval()
+
+
+@pytest.mark.parametrize("sigmas", [[80.0], [80.0, 0.8], [80.0, 5.0, 0.5]])
+def test_a_sample_does_not_depend_on_its_batch(sigmas):
+    model = small(label_dim=3)
+    labels = sampler.draw_labels(4, range(10), [5, 3, 2])
+    whole = torch.cat(list(sampler.generate(model, 4, range(10), sigmas, labels=labels, batch_size=10)))
+    parts = torch.cat(list(sampler.generate(model, 4, range(10), sigmas, labels=labels, batch_size=3)))
+    one = torch.cat(list(sampler.generate(model, 4, [7], sigmas, labels=labels[7:8])))
+    assert (whole - parts).abs().max() < 1 / 255 and (whole[7:8] - one).abs().max() < 1 / 255
+    assert (whole[0] - whole[1]).abs().max() > 0.1
+
+
+def test_the_noise_of_later_steps_is_new():
+    a, b = sample_noise(0, range(1000), (4,)), sample_noise(0, range(1000), (4,), "step 1")
+    assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.06
+    assert abs(a.mean()) < 0.06 and abs(a.std() - 1) < 0.05
+    assert torch.equal(sample_noise(0, [5], (4,)), a[5:6]) and not torch.equal(sample_noise(1, [5], (4,)), a[5:6])
+
+
+def test_labels_follow_the_training_set():
+    labels = sampler.draw_labels(0, range(6000), [100, 0, 200, 300])
+    shares = torch.bincount(labels, minlength=4) / 6000
+    assert shares[1] == 0 and torch.allclose(shares, torch.tensor([1, 0, 2, 3]) / 6, atol=0.03)
+
+
+def test_key_is_stable_across_machines_and_versions():
+    assert key(0, "start", 1) == 4926927310973173828 and key(0, "start", 1) != key(1, "start", 0)
+
+
+def test_levels():
+    assert sampler.levels(1) == [80.0] and sampler.levels(2) == [80.0, 0.821]
+    assert sampler.levels(2, given=[80.0, 1.5, 0.3]) == [80.0, 1.5]
+    four = sampler.levels(4, 80.0, 0.002, given=[80.0, 1.0])
+    assert len(four) == 4 and four[0] == pytest.approx(80) and four == sorted(four, reverse=True) and four[-1] > 0.01
+
+
+def test_plan_takes_heun_for_a_denoiser():
+    edm = config.parse({"objective": {"name": "edm"}, "sample": {"heun_steps": 5}})
+    levels, solver = sampler.plan(edm)
+    assert solver == "heun" and len(levels) == 5 and levels[-1] == pytest.approx(0.002)
+    assert sampler.plan(config.Config(), 1) == ([80.0], "multistep")

@@ -1,0 +1,230 @@
+"""The loop: resuming, ranks and microbatches, bad numbers, and what a run leaves on disk."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+import config
+import trainer
+from config import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights(folder):
+    state = checkpoint.load(folder / "checkpoints" / "last.ckpt")
+    return {f"{part}.{k}": v for part in ("model", "objective") for k, v in state[part].items()} | {
+        f"ema{i}.{k}": v for i, ema in enumerate(state["ema"]) for k, v in ema.items()
+    }
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "objective", [{"name": "edm"}, {"name": "ct", "s1": 8}, {"name": "ict", "s1": 40}, {"name": "ect"}]
+)
+def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(objective, tmp_path, monkeypatch):
+    settings = {"objective": objective, "data": {"conditional": True, "augment": 0.3, "flip": True}}
+    trainer.train(tiny(tmp_path / "a", **settings))
+
+    real, calls = trainer.Trainer.train_step, []
+
+    def killed_at_step_3(self, *batch):
+        calls.append(self.step)
+        if len(calls) == 4:
+            raise RuntimeError("killed")
+        real(self, *batch)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", killed_at_step_3)
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.train(tiny(tmp_path / "b", **settings))
+    torch.manual_seed(999)  # another process would start from other generator states
+    trainer.train(tiny(tmp_path / "b", **settings), resume=True)
+    assert calls == [0, 1, 2, 3, 2, 3, 4, 5]  # it went on from the checkpoint of step 2
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+
+
+def test_training_learns_and_leaves_a_whole_run_folder(tmp_path, capsys):
+    settings = {"steps": 60, "batch_size": 64, "lr": 3e-3, "log_every": 10, "save_every": 25}
+    trainer.train(tiny(tmp_path / "r", train=settings, objective={"name": "edm"}))
+    folder = tmp_path / "r"
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries] == [10, 20, 30, 40, 50, 60] and entries[-1]["loss"] < 0.8 * entries[0]["loss"]
+    assert (
+        entries[-1]["images"] == 60 * 64 and entries[-1]["images_per_second"] > 0 and entries[-1]["skipped_steps"] == 0
+    )
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step-00000050.ckpt",
+        "step-00000060.ckpt",
+    ]
+    assert config.load(folder / "config.yml").train.steps == 60
+    assert (folder / "samples" / "step-00000060.png").stat().st_size > 200
+    events = EventAccumulator(str(folder), size_guidance={"images": 1}).Reload()
+    assert {"loss", "grad_norm", "lr", "images_per_second"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["samples"]
+    said = capsys.readouterr().out
+    command = f"python generate.py --cfg {folder}/config.yml --ckpt {folder}/checkpoints/last.ckpt --calc_fid"
+    assert said.rstrip().endswith(command) and "step 60/60" in said
+
+
+def test_a_run_is_never_written_over(tmp_path):
+    trainer.train(tiny(tmp_path))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    with pytest.raises(ConfigError, match=r"already holds a run; add --resume .* run\.dir="):
+        trainer.train(tiny(tmp_path))
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def test_resume_refuses_another_config_and_extends_where_the_schedule_allows(tmp_path):
+    trainer.train(tiny(tmp_path))
+    with pytest.raises(ConfigError, match="another config: train.lr is 0.001 there and 0.5 here"):
+        trainer.train(tiny(tmp_path, train={"lr": 0.5}), resume=True)
+    trainer.train(tiny(tmp_path, train={"steps": 8}), resume=True)
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 8
+    trainer.train(tiny(tmp_path / "linear", train={"lr_decay": "linear"}))
+    with pytest.raises(ConfigError, match="train.steps is 6 there and 8 here"):
+        trainer.train(tiny(tmp_path / "linear", train={"lr_decay": "linear", "steps": 8}), resume=True)
+
+
+def test_microbatches_and_ranks_give_the_gradient_of_the_whole_batch(tmp_path):
+    settings = {"train": {"precision": "fp64"}, "network": {"dropout": 0.0}, "data": {"augment": 0.5, "flip": True}}
+    gradients = []
+    for split in ({}, {"microbatch": 4}):
+        run = trainer.Trainer(tiny(tmp_path, **{**settings, "train": {**settings["train"], **split}}))
+        run.update = lambda lr: None
+        run.train_step(run.dataset.images[:16], None)
+        gradients.append(run.gradient.clone())
+    total = torch.zeros_like(gradients[0])
+    for rank in range(2):
+        run = trainer.Trainer(tiny(tmp_path, **settings))
+        run.rank, run.local_batch, run.microbatch, run.update = rank, 8, 8, lambda lr: None
+        run.train_step(run.dataset.images[:16][rank * 8 : rank * 8 + 8], None)
+        total += run.gradient / 2
+    assert gradients[0].norm() > 0
+    for other in (gradients[1], total):
+        assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-10
+
+
+def test_a_step_that_is_not_finite_moves_no_weight_and_is_counted(tmp_path):
+    run = trainer.Trainer(tiny(tmp_path))
+    images = run.dataset.images[:16]
+    run.train_step(images, None)
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    objective = run.objective
+    run.objective = lambda *a, **k: trainer.objectives.Output(objective(*a, **k).loss * math.nan)
+    run.train_step(images, None)
+    assert int(run.skipped) == 1 and same(before, run.model.state_dict())
+    run.objective = objective
+    run.train_step(images, None)
+    assert int(run.skipped) == 1 and not same(before, run.model.state_dict())
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+def test_the_first_loss_is_the_objectives_on_the_first_batch(tmp_path):
+    """Conditions, pixels and order reach the objective as they should."""
+    run = trainer.Trainer(tiny(tmp_path, data={"conditional": True}))
+    seen = []
+    run.objective = lambda model, x, step, draws, **c: (
+        seen.append((x, c)) or trainer.objectives.Output(model(x, x.new_ones(16), **c).mean())
+    )
+    images, labels = run.dataset.images[:16], run.dataset.labels[:16]
+    run.train_step(images, labels)
+    x, conditions = seen[0]
+    assert torch.allclose(x, images / 127.5 - 1) and x.min() == -1
+    assert torch.equal(conditions["class_labels"].argmax(1), labels) and conditions["class_labels"].sum() == 16
+
+
+def test_learning_rate_rises_and_falls():
+    settings = config.Train(steps=100, lr=2.0, lr_warmup=10, lr_decay="linear")
+    rates = [trainer.learning_rate(k, settings) for k in (0, 4, 9, 50, 99)]
+    assert rates == pytest.approx([0.2, 2 * 0.5 * 0.96, 2 * 0.91, 1.0, 0.02])
+    assert trainer.learning_rate(50, config.Train(steps=100, lr=2.0, lr_decay="cosine")) == pytest.approx(1.0)
+    assert trainer.learning_rate(50, config.Train(steps=100, lr=2.0)) == 2.0
+
+
+def test_init_from_takes_the_ema(tmp_path):
+    trainer.train(tiny(tmp_path / "a"))
+    path = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    run = trainer.Trainer(tiny(tmp_path / "b", train={"init_from": str(path)}))
+    assert same(run.model.state_dict(), checkpoint.load(path)["ema"][0])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_precisions_agree_with_fp32(precision, tmp_path):
+    gradients = []
+    for name in ("fp32", precision):
+        run = trainer.Trainer(tiny(tmp_path, train={"precision": name}, network={"dropout": 0.0, "model_channels": 32}))
+        run.update = lambda lr: None
+        run.train_step(run.dataset.images[:16], None)
+        gradients.append(run.gradient.double())
+    # fp64 draws other noise in the objective, so only the size of its gradient can be compared.
+    ratio = gradients[1].norm() / gradients[0].norm()
+    assert 0.3 < ratio < 3
+    if precision == "bf16":
+        assert (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 0.1
+
+
+def test_a_full_disk_costs_no_checkpoint_and_no_training(tmp_path, monkeypatch, capsys):
+    real = checkpoint.write_atomically
+
+    def full(path, write):
+        if path.name == "step-00000004.ckpt":
+            raise OSError(28, "No space left on device")
+        real(path, write)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    trainer.train(tiny(tmp_path))
+    assert "step 4: no checkpoint could be written" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 6
+
+
+def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
+    cfg = tiny(tmp_path / "r", train={"steps": 100_000, "save_every": 100_000})
+    (tmp_path / "c.yml").write_text(config.dump(cfg))
+    process = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "main.py", "--cfg", tmp_path / "c.yml"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.time() + 60
+    while not (tmp_path / "r" / "metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert said.rstrip().endswith(f"python main.py --cfg {tmp_path}/r/config.yml --resume")
+    assert checkpoint.load(tmp_path / "r" / "checkpoints" / "last.ckpt")["step"] >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_on_a_gpu_waits_for_nothing(compiled, tmp_path):
+    run = trainer.Trainer(tiny(tmp_path, run={"device": "cuda", "dir": str(tmp_path)}, train={"compile": compiled}))
+    images = run.dataset.images[:16].cuda()
+    for _ in range(3):
+        run.train_step(images, None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.train_step(images, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())

@@ -1,0 +1,387 @@
+"""The training loop: precision, accumulation, ranks, and when to log, sample, score and save. No method's equations."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import one_hot
+
+import checkpoint
+import config
+import data
+import metrics
+import networks
+import objectives
+import pictures
+import sampler
+from augment import AUGMENT_DIM, augment
+from config import Config, ConfigError
+from devices import pick_device, pick_precision, place
+from draws import Draws, key
+from ema import EMA, decay_from_half_life
+from logs import RunLog
+
+# Settings that a resumed run may change: they decide where and how fast it runs, not what it computes.
+FREE = frozenset(
+    [f"run.{k}" for k in ("name", "dir", "device")]
+    + [f"data.{k}" for k in ("dir", "path", "workers", "memory_gb")]
+    + [f"train.{k}" for k in ("microbatch", "compile", "log_every", "save_every", "keep", "init_from")]
+    + [f"sample.{k}" for k in config.Sample.model_fields]
+    + [f"metrics.{k}" for k in config.Metrics.model_fields]
+)
+
+
+def train(cfg: Config, resume: bool = False) -> None:
+    """Train as `cfg` says, in its run folder; `resume` goes on from the newest good checkpoint there.
+
+    Raises ConfigError for what the user must change.
+    """
+    folder = cfg.run.folder
+    if not resume and (folder / "config.yml").exists():
+        raise ConfigError(
+            f"run.dir: {folder} already holds a run; add --resume to continue it, or name another folder: "
+            f"run.dir={folder}-2"
+        )
+    run = Trainer(cfg)
+    if resume:
+        run.resume()
+    run.open_folder()
+    try:
+        run.loop()
+    finally:
+        run.log.close()
+
+
+def learning_rate(step: int, cfg: config.Train) -> float:
+    """Learning rate of step k, counted from 0: a linear rise, then held, or falling to 0 at the end."""
+    rise = min((step + 1) / cfg.lr_warmup, 1.0) if cfg.lr_warmup else 1.0
+    done = min(step / cfg.steps, 1.0)
+    fall = {"none": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.lr_decay]
+    return cfg.lr * rise * fall
+
+
+class Trainer:
+    """One run on this process's device; `loop` goes on from `self.step` to the last."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.folder, self.step = cfg, cfg.run.folder, 0
+        self.rank, self.world = place()
+        self.device = pick_device(cfg.run.device)
+        self.precision = pick_precision(cfg.train.precision, self.device)
+        self.local_batch, self.microbatch = split_batch(cfg.train.batch_size, cfg.train.microbatch, self.world)
+        self.dataset = data.load(cfg.data)
+        self.shape = {
+            "resolution": self.dataset.resolution,
+            "channels": self.dataset.channels,
+            "label_dim": self.dataset.num_classes if cfg.data.conditional else 0,
+            "augment_dim": AUGMENT_DIM if cfg.data.augment else 0,
+        }
+        self.model = self._build_model()
+        self.objective = objectives.build(cfg, self.model).to(self.device)
+        self.emas = [EMA(self.model, decay, cfg.ema.warmup) for decay in self._decays()]
+        self.optimizer = self._build_optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self._compile()
+        self.sums: dict[str, Any] = defaultdict(float)  # since the last log; tensors stay on the device
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)  # steps with a non-finite gradient
+        self.stopping = False
+
+    # Building ---------------------------------------------------------------------------------------------------------
+
+    def _build_model(self) -> networks.Preconditioner:
+        torch.manual_seed(key(self.cfg.run.seed, "weights"))  # the same on every rank: nothing to broadcast
+        try:
+            model = networks.build(self.cfg.network, **self.shape)
+        except ValueError as error:
+            raise ConfigError(f"network: {error}") from None
+        if self.cfg.train.init_from:
+            checkpoint.initialise(model, self.cfg.train.init_from)
+        model = model.to(self.device, memory_format=torch.channels_last).train()
+        if self.precision == "fp64":
+            model.double()
+        elif self.precision != "fp32":
+            model.autocast = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return model
+
+    def _decays(self) -> list[float]:
+        if self.cfg.ema.half_life_kimg:
+            batch = self.cfg.train.batch_size
+            return [decay_from_half_life(kimg * 1000, batch) for kimg in self.cfg.ema.half_life_kimg]
+        return self.cfg.ema.decay
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        cfg, on_gpu = self.cfg.train, self.device.type == "cuda"
+        parameters = [p for m in (self.model, self.objective) for p in m.parameters() if p.requires_grad]
+        # One flat buffer holds every gradient: one norm, one mask and one all-reduce a step.
+        self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=self.device, dtype=parameters[0].dtype)
+        for p, part in zip(parameters, self.gradient.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.as_strided(p.shape, p.stride())  # channels_last where the weight is
+        # On a GPU the rate is a tensor, so that a bad step can be masked there without waiting for the result.
+        lr = torch.tensor(cfg.lr, device=self.device) if on_gpu else cfg.lr
+        options = {"lr": lr, "betas": tuple(cfg.betas)}
+        if cfg.optimizer == "radam":
+            return torch.optim.RAdam(parameters, **options, foreach=True, capturable=on_gpu)
+        adam = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
+        return adam(parameters, **options, fused=True)
+
+    def _compile(self) -> None:
+        if self.cfg.train.compile is False or (self.cfg.train.compile == "auto" and self.device.type != "cuda"):
+            return
+        import torch._inductor.config as inductor
+
+        inductor.fallback_random = True  # dropout then draws as in eager mode, so that two passes can share a mask
+        for module in [self.model, *self.objective.modules()]:
+            if isinstance(module, networks.Preconditioner):
+                module.model.compile()
+
+    # The run folder and its checkpoints -------------------------------------------------------------------------------
+
+    def open_folder(self) -> None:
+        """Make the run folder with its config and log files, and take over the signals that end a run."""
+        cfg = self.cfg
+        if self.rank == 0:
+            try:
+                checkpoint.write_atomically(
+                    self.folder / "config.yml", lambda file: file.write(config.dump(cfg).encode())
+                )
+            except OSError as error:
+                raise ConfigError(f"run.dir: {self.folder} cannot be written: {error.strerror}") from None
+            signal.signal(signal.SIGTERM, self._on_signal)
+            signal.signal(signal.SIGINT, self._on_signal)
+        self.log = RunLog(self.folder, self.step, cfg.train.steps, cfg.train.batch_size, shown=self.rank == 0)
+        size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        self.log.say(
+            f"{self.folder}: {cfg.objective.name} on {len(self.dataset):,} images of {cfg.data.name}, "
+            f"{self.shape['channels']}x{self.shape['resolution']}x{self.shape['resolution']}; {cfg.network.name} of "
+            f"{size:.2f}M parameters; {self.world} x {self.device}, {self.precision}; step {self.step:,} of "
+            f"{cfg.train.steps:,}"
+        )
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        if self.stopping and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stopping = True  # the loop finishes its step and saves
+
+    def state(self) -> dict[str, Any]:
+        """All that a run needs to go on. Draws and data order are functions of (seed, step): no generator is here."""
+        return {
+            "step": self.step,
+            "config": self.cfg.model_dump(),
+            "data": {"shape": self.shape, "class_counts": self.class_counts()},
+            "model": self.model.state_dict(),
+            "ema": [ema.module.state_dict() for ema in self.emas],
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def class_counts(self) -> list[int] | None:
+        """Training images of each class; None for an unconditional network."""
+        if not self.shape["label_dim"]:
+            return None
+        return torch.bincount(self.dataset.labels, minlength=self.dataset.num_classes).tolist()
+
+    def save(self) -> None:
+        """Write a checkpoint; where the disk refuses, say so and go on: the previous one stays good."""
+        if self.rank != 0:
+            return
+        folder = self.folder / "checkpoints"
+        try:
+            checkpoint.save(self.state(), folder, self.step, self.cfg.train.keep)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = " ".join(str(error).split())[:200]
+            self.log.say(f"warning: step {self.step:,}: no checkpoint could be written in {folder}: {reason}")
+
+    def resume(self) -> None:
+        """Take the state of the newest whole checkpoint of the run folder; stay at step 0 where none was saved yet."""
+        folder = self.folder / "checkpoints"
+        if not folder.exists():
+            print(f"{self.folder}: nothing is saved there yet: starting at step 0", file=sys.stderr)
+            return
+        path, state, problems = checkpoint.newest_good(folder)
+        for problem in problems:
+            print(f"warning: {problem}; going on from {path}", file=sys.stderr)
+        self._check_same(checkpoint.config_of(state, path), path)
+        self.model.load_state_dict(state["model"])
+        for ema, weights in zip(self.emas, state["ema"], strict=True):
+            ema.module.load_state_dict(weights)
+        self.objective.load_state_dict(state["objective"])
+        # Only the state: how the optimizer works (fused, capturable) is this device's choice, not the checkpoint's.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def _check_same(self, saved: Config, path: Path) -> None:
+        scheduled = self.cfg.objective.name in ("ct", "ict") or self.cfg.train.lr_decay != "none"
+        different = config.first_difference(saved, self.cfg, FREE if scheduled else FREE | {"train.steps"})
+        if different:
+            raise ConfigError(
+                f"{path}: was trained with another config: {different}; set it back to resume, or start anew in another "
+                "run.dir (train.init_from takes the weights)"
+            )
+
+    # The loop ---------------------------------------------------------------------------------------------------------
+
+    def loop(self) -> None:
+        """Train to the last step, logging, sampling, scoring and saving on the way."""
+        cfg, total = self.cfg, self.cfg.train.steps
+        rows = (self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
+        resident = self.dataset.to(self.device)
+        batches = data.batches(resident, cfg.run.seed, cfg.train.batch_size, self.step, rows, cfg.data.workers)
+        while self.step < total and not self.stopping:
+            self.train_step(*next(batches))
+            self.step += 1
+            last = self.step == total
+            if self.step % cfg.train.log_every == 0 or last:
+                self.write_log()
+            if self.step % cfg.train.save_every == 0 or last or self.stopping:
+                self.save()
+            if due(self.step, cfg.sample.every) or last:
+                self.write_grid()
+            if due(self.step, cfg.metrics.every) or (last and cfg.metrics.at_end):
+                self.score()
+        self.say_next()
+
+    def train_step(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """One optimizer step on this rank's uint8 images (B, C, H, W) and their labels (B,)."""
+        starts = range(0, self.local_batch, self.microbatch)
+        self.gradient.zero_()
+        for start in starts:
+            part = slice(start, start + self.microbatch)
+            x, conditions, draws = self.prepare(images[part], labels if labels is None else labels[part], start)
+            torch.manual_seed(key(self.cfg.run.seed, "dropout", self.step, self.rank, start))
+            out = self.objective(self.model, x, step=self.step, draws=draws, **conditions)
+            self.scaler.scale(out.loss / len(starts)).backward()
+            self.add_to_log({"loss": out.loss, **out.log}, 1 / len(starts))
+        if self.world > 1:
+            dist.all_reduce(self.gradient)
+            self.gradient /= self.world
+        self.update(learning_rate(self.step, self.cfg.train))
+        if hasattr(self.objective, "after_step"):
+            self.objective.after_step(self.model, step=self.step)
+        for ema in self.emas:
+            ema.update(self.model, self.step + 1)
+
+    def prepare(
+        self, images: torch.Tensor, labels: torch.Tensor | None, start: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Draws]:
+        """Pixels in [-1, 1], conditions and draws for rows `start`... of this rank's batch, on the device."""
+        rows = {
+            "start": self.rank * self.local_batch + start,
+            "total": self.cfg.train.batch_size,
+            "device": self.device,
+        }
+        draws = Draws(key(self.cfg.run.seed, "objective", self.step), len(images), **rows)
+        looks = Draws(key(self.cfg.run.seed, "augment", self.step), len(images), **rows)
+        images = images.to(self.device, non_blocking=True)
+        if self.cfg.data.flip:
+            images = data.flip(images, looks.integers(2, (len(images),)).bool())
+        x = data.to_float(images, torch.float64 if self.precision == "fp64" else torch.float32)
+        x = x.contiguous(memory_format=torch.channels_last)
+        conditions = {}
+        if self.cfg.data.augment:
+            x, conditions["augment_labels"] = augment(x, self.cfg.data.augment, looks)
+        if self.shape["label_dim"]:
+            classes = labels.to(self.device, non_blocking=True)
+            conditions["class_labels"] = one_hot(classes, self.shape["label_dim"]).to(x.dtype)
+        return x, conditions, draws
+
+    def update(self, lr: float) -> None:
+        """Clip and step the optimizer. A non-finite gradient is counted and moves no weight, without a wait for it."""
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.linalg.vector_norm(self.gradient)
+        finite = norm.isfinite()
+        self.skipped += ~finite
+        self.add_to_log({"grad_norm": norm, "lr": lr})
+        if self.cfg.train.grad_clip:
+            self.gradient *= (self.cfg.train.grad_clip / norm).clamp(max=1)
+        self.gradient.masked_fill_(~finite, 0)
+        for group in self.optimizer.param_groups:  # a rate of 0 holds the weights still
+            if torch.is_tensor(group["lr"]):
+                group["lr"].copy_(lr * finite)
+            else:
+                group["lr"] = lr * float(finite)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    # What the user sees -----------------------------------------------------------------------------------------------
+
+    def add_to_log(self, values: dict[str, Any], weight: float = 1.0) -> None:
+        """Add to the sums that the next log entry averages; tensors are not read here."""
+        for name, value in values.items():
+            self.sums[name] += weight * (value.detach() if torch.is_tensor(value) else value)
+
+    def write_log(self) -> None:
+        """Log the means over the steps since the last entry."""
+        steps = self.step - self.log.step
+        means = {name: float(total) / steps for name, total in self.sums.items()}
+        self.sums.clear()
+        self.log.progress(self.step, {**means, "skipped_steps": int(self.skipped)})
+
+    def samples(self, count: int, labels: torch.Tensor | None) -> torch.Tensor:
+        """The first `count` samples of the run's seed from the EMA weights, uint8 (count, C, H, W) on the CPU."""
+        sigmas, solver = sampler.plan(self.cfg)
+        batches = sampler.generate(self.emas[0].module, self.cfg.run.seed, range(count), sigmas, solver, labels)
+        return torch.cat([data.to_uint8(x).cpu() for x in batches])
+
+    def write_grid(self) -> None:
+        """A grid of samples as a PNG and in TensorBoard; a column for each class of a conditional network."""
+        if self.rank != 0:
+            return
+        count, classes = self.cfg.sample.grid, self.shape["label_dim"]
+        columns = classes if 1 < classes <= 20 else None
+        image = pictures.grid(self.samples(count, torch.arange(count) % classes if classes else None), columns)
+        path = self.folder / "samples" / f"step-{self.step:08d}.png"
+        pictures.write_png(image, path)
+        self.log.picture(self.step, image)
+        self.log.say(f"samples: {path}")
+        self.log.pause()
+
+    def score(self) -> None:
+        """Score samples from the EMA weights; a score that cannot be had is said, and loses nothing."""
+        if self.rank != 0:
+            return
+        cfg, counts = self.cfg.metrics, self.class_counts()
+        labels = sampler.draw_labels(self.cfg.run.seed, range(cfg.num), counts) if counts else None
+        try:
+            images = self.samples(cfg.num, labels)
+            scores = metrics.score(images, self.dataset, cfg, self.cfg.data.dir, self.device, log=self.log.say)
+        except metrics.ScoreError as error:
+            self.log.say(f"no score: {error}")
+            return
+        self.log.curves(self.step, scores)
+        self.log.say(f"score: {metrics.describe(scores, cfg, cfg.num)}")
+        self.log.pause()
+
+    def say_next(self) -> None:
+        """The command that comes next."""
+        name, last = self.folder / "config.yml", self.folder / "checkpoints" / "last.ckpt"
+        if self.step < self.cfg.train.steps:
+            self.log.say(f"stopped at step {self.step:,}; continue with\n  python main.py --cfg {name} --resume")
+        else:
+            self.log.say(f"done; sample and score with\n  python generate.py --cfg {name} --ckpt {last} --calc_fid")
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is done after this one."""
+    return every > 0 and step % every == 0
+
+
+def split_batch(batch_size: int, microbatch: int | None, ranks: int) -> tuple[int, int]:
+    """(images per rank, images per pass) of a global batch. Raises ConfigError where it does not divide."""
+    if batch_size % ranks:
+        raise ConfigError(f"train.batch_size: {batch_size} does not divide over {ranks} devices")
+    local = batch_size // ranks
+    part = min(microbatch or local, local)
+    if local % part:
+        raise ConfigError(f"train.microbatch: {part} does not divide the {local} images of each device")
+    return local, part
