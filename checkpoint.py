@@ -18,6 +18,7 @@ import networks
 from config import Config, ConfigError, parse
 
 FORMAT = 1
+OUTPUT_LAYER = re.compile(r"model\.(dec\.\d+x\d+_aux_conv|out_conv)\.(weight|bias)")
 
 
 class CheckpointError(ConfigError):
@@ -129,8 +130,19 @@ def model_from(state: dict[str, Any], path: str | Path, average: int = 0) -> tor
 
 
 def initialise(model: torch.nn.Module, path: str | Path) -> None:
-    """Copy a checkpoint's first EMA into `model` (train.init_from). Raises CheckpointError at the first difference."""
-    _fill(model, load(path)["ema"][0], path)
+    """Copy a checkpoint's first EMA into `model` (train.init_from). Raises CheckpointError at the first difference.
+
+    A model trained with augmentation labels may start one without: at label zero their weights do nothing. Between the
+    clocks of EDM and TrigFlow the output changes its sign; D stays the same where c_noise does (2410.11081 sec. 3).
+    """
+    state = load(path)
+    weights = state["ema"][0]
+    if "model.map_augment.weight" not in model.state_dict():
+        weights.pop("model.map_augment.weight", None)
+    if (config_of(state, path).network.precond == "trigflow") != (model.precond == "trigflow"):
+        for name in filter(OUTPUT_LAYER.fullmatch, weights):  # F of TrigFlow is minus F of EDM
+            weights[name] = -weights[name]
+    _fill(model, weights, path)
 
 
 def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:

@@ -79,10 +79,10 @@ class Data(Section):
 
 
 class Network(Section):
-    precond: Literal["edm", "cm"] = "edm"
-    """Preconditioning: edm (2206.00364 tab. 1) or cm, whose boundary D(x) = x is at sigma_min (2303.01469 app. C)."""
-    c_noise: Literal["log", "log250"] = "log"
-    """The network's noise label: ln(sigma)/4, or 250 ln(sigma) as in OpenAI's PyTorch models."""
+    precond: Literal["edm", "cm", "trigflow"] = "edm"
+    """edm (2206.00364 tab. 1), cm with D(x) = x at sigma_min (2303.01469 app. C), or trigflow (2410.11081 sec. 3)."""
+    c_noise: Literal["log", "log250", "t"] = "log"
+    """Noise label: ln(sigma)/4, 250 ln(sigma) as in OpenAI's models, or t = atan(sigma/sigma_data) as in sCM."""
     sigma_data: Positive = 0.5
     """Standard deviation of the data, in [-1, 1]."""
     sigma_min: Positive = 0.002
@@ -130,11 +130,17 @@ class DhariwalUNet(Network):
 
     name: Literal["dhariwal_unet"]
     model_channels: int = Field(192, ge=4, multiple_of=4)
+    """Channels of the first resolution; ADM's 192."""
     channel_mult: list[Count] = Field([1, 2, 3, 4], min_length=1)
+    """Channels of each resolution, times model_channels; one entry a resolution, halving each time."""
     num_blocks: Count = 3
+    """Residual blocks per resolution; ADM's 3."""
     attn_resolutions: list[Count] = [32, 16, 8]
+    """Resolutions in pixels with self-attention."""
     dropout: Share = 0.1
+    """Dropout inside residual blocks; both passes of a step share the mask."""
     scale_shift_norm: bool = True
+    """Let the embedding scale and shift (AdaGN), not only shift."""
 
 
 class EDM(Section):
@@ -201,10 +207,118 @@ class ECT(Section):
     """c of the pseudo-Huber distance."""
 
 
+class CD(Section):
+    """Consistency distillation of a teacher (Song et al. 2023, 2303.01469)."""
+
+    name: Literal["cd"]
+    teacher: str
+    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
+    guidance: NonNegative | None = None
+    """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
+    N: int = Field(18, ge=2)
+    """Noise levels in the grid."""
+    mu: float = Field(0.0, ge=0, lt=1)
+    """Decay of the target network. 0: the target is the student."""
+    solver: Literal["heun", "euler"] = "heun"
+    """Solver of the teacher's step to the next level."""
+    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
+    """Distance d of the loss. lpips needs VGG16's weights."""
+    lpips_weights: str | None = None
+    """Local file with torchvision's VGG16 weights; null: downloaded."""
+    huber_c: NonNegative | None = None
+    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
+    weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "uniform"
+    """Weight of the loss by the student's signal-to-noise ratio; the paper's is uniform."""
+
+
+class TrigFlow(Section):
+    """Diffusion training in TrigFlow's clock: the start of sCM (Lu & Song 2024, 2410.11081)."""
+
+    name: Literal["trigflow"]
+    P_mean: float = -1.0
+    """Mean of ln sigma, sigma = sigma_data tan(t)."""
+    P_std: Positive = 1.4
+    """Its standard deviation."""
+
+
+class SCT(Section):
+    """Continuous-time consistency training, sCM (Lu & Song 2024, 2410.11081)."""
+
+    name: Literal["sct"]
+    P_mean: float = -1.0
+    """Mean of ln sigma, sigma = sigma_data tan(t)."""
+    P_std: Positive = 1.4
+    """Its standard deviation."""
+    warmup: int = Field(10_000, ge=0)
+    """H: steps over which the tangent's second half grows in."""
+    c: Positive = 0.1
+    """The tangent is normalised as g / (|g| + c), |g| the L2 norm of the whole sample."""
+
+
+class SCD(SCT):
+    """Continuous-time consistency distillation, sCM (Lu & Song 2024, 2410.11081)."""
+
+    name: Literal["scd"]
+    teacher: str
+    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
+    guidance: NonNegative | None = None
+    """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
+
+
+class TCM(Section):
+    """Truncated consistency model: the second stage over a finished ECT or iCT model (Lee et al. 2024, 2410.14895)."""
+
+    name: Literal["tcm"]
+    teacher: str
+    """Checkpoint of the first stage; the second starts from its weights unless train.init_from is set."""
+    t_prime: Positive = 1.0
+    """Noise level t' where the second stage begins."""
+    q: float = Field(1000.0, gt=9)
+    """r = t (1 - n(t) / q), n(t) = 1 + 8 sigmoid(-t)."""
+    boundary_share: Share = 0.25
+    """Share of the batch at t = t'."""
+    boundary_weight: NonNegative = 0.1
+    """Weight of its loss."""
+    df: Positive = 0.01
+    """ln t is drawn from Student's t with so many degrees of freedom, mean 0, truncated to [t', sigma_max]."""
+    scale: Positive = 0.2
+    """Scale of that distribution."""
+    huber_c: NonNegative = 0.0
+    """c of the pseudo-Huber distance."""
+
+
+class CMT(Section):
+    """Mid-training on the teacher's trajectories, before ECT (Hu et al. 2025, 2509.24526)."""
+
+    name: Literal["cmt"]
+    teacher: str
+    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
+    steps: int = Field(16, ge=2)
+    """Points of a trajectory: steps of DPM-Solver++(2M), even in ln sigma. Divides the images of a pass."""
+    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
+    """Distance to the trajectory's end. lpips, the paper's, needs VGG16's weights; images are not resized for it."""
+    lpips_weights: str | None = None
+    """Local file with torchvision's VGG16 weights; null: downloaded."""
+    huber_c: NonNegative | None = None
+    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
+
+
+class PD(Section):
+    """Progressive distillation, the baseline (Salimans & Ho 2022, 2202.00512)."""
+
+    name: Literal["pd"]
+    teacher: str
+    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
+    N: int = Field(512, ge=2)
+    """Intervals of the student's first grid, a power of two; halved to 1 in equal parts of the run."""
+    weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "truncated-snr"
+    """Weight of the loss by the signal-to-noise ratio; the paper's is truncated-snr."""
+
+
 class Ema(Section):
-    decay: list[Annotated[float, Field(ge=0, lt=1)]] = [0.9999]
+    decay: list[Share] | None = Field([0.9999], min_length=1)
     """Decay per step, one entry for each average kept; the first is sampled and scored."""
-    half_life_kimg: list[Positive] | None = None
+    half_life_kimg: list[Positive] | None = Field(None, min_length=1)
     """Instead of decay: half-lives in thousands of images."""
     warmup: NonNegative = 0.05
     """The half-life is at most this share of the steps so far (2206.00364 app. F). 0: off."""
@@ -279,7 +393,9 @@ class Config(Section):
     run: Run = Field(default_factory=Run)
     data: Data = Field(default_factory=Data)
     network: Annotated[SongUNet | DhariwalUNet, Field(discriminator="name")] = Field(default_factory=SongUNet)
-    objective: Annotated[EDM | CT | ICT | ECT, Field(discriminator="name")] = Field(default_factory=ECT)
+    objective: Annotated[
+        EDM | CT | ICT | ECT | CD | TrigFlow | SCT | SCD | TCM | CMT | PD, Field(discriminator="name")
+    ] = Field(default_factory=ECT)
     ema: Ema = Field(default_factory=Ema)
     train: Train = Field(default_factory=Train)
     sample: Sample = Field(default_factory=Sample)
@@ -325,6 +441,8 @@ def parse(raw: dict[str, Any], place=lambda key: "config") -> Config:
     for section, name in (("network", "song_unet"), ("objective", "ect")):
         if isinstance(raw.get(section), dict):
             raw = {**raw, section: {"name": name, **raw[section]}}
+    if isinstance(raw.get("ema"), dict) and raw["ema"].get("half_life_kimg") is not None:
+        raw = {**raw, "ema": {"decay": None, **raw["ema"]}}  # the default decay gives way
     try:
         cfg = Config.model_validate(raw)
     except ValidationError as error:
@@ -479,6 +597,11 @@ def _check_together(cfg: Config, place) -> None:
             f"data.name: {d.name} takes no path; for your own images set data.name to folder, zip or npz",
         ),
         (
+            d.flip and d.augment > 0,
+            "data.flip",
+            "data.augment mirrors half of the images already, and tells the network; set data.flip: false",
+        ),
+        (
             n.label_dropout > 0 and not d.conditional,
             "network.label_dropout",
             "there are no labels to drop; set data.conditional: true",
@@ -490,25 +613,42 @@ def _check_together(cfg: Config, place) -> None:
         ),
         (t.lr_warmup >= t.steps, "train.lr_warmup", f"must be below train.steps ({t.steps})"),
         (
-            o.name == "edm" and n.precond != "edm",
+            o.name in ("edm", "trigflow") and n.precond == "cm",
             "network.precond",
-            "objective edm trains the edm preconditioning: its loss weight is made for it",
+            f"objective {o.name} trains a denoiser, and its loss weight is made for edm and trigflow",
+        ),
+        (
+            o.name in ("sct", "scd") and n.precond != "trigflow",
+            "network.precond",
+            f"objective {o.name} needs trigflow",
+        ),
+        (
+            getattr(o, "guidance", None) is not None and not d.conditional,
+            "objective.guidance",
+            "guides by labels; set data.conditional: true",
+        ),
+        (o.name == "pd" and o.N & (o.N - 1) != 0, "objective.N", "must be a power of two"),
+        (
+            o.name == "tcm" and not n.sigma_min < o.t_prime < n.sigma_max,
+            "objective.t_prime",
+            f"must lie between network.sigma_min ({n.sigma_min}) and sigma_max ({n.sigma_max})",
+        ),
+        (
+            o.name == "cmt" and (t.microbatch or t.batch_size) % o.steps != 0,
+            "objective.steps",
+            f"must divide the images of a pass ({t.microbatch or t.batch_size})",
         ),
         (o.name in ("ct", "ict") and o.s1 < o.s0, "objective.s1", f"must be at least objective.s0 ({o.name})"),
         (
-            o.name == "ct" and o.lpips_weights is not None and o.metric != "lpips",
+            getattr(o, "lpips_weights", None) is not None and o.metric != "lpips",
             "objective.lpips_weights",
             f"is for objective.metric: lpips, and the metric is {getattr(o, 'metric', '')}",
         ),
         (
-            "half_life_kimg" in cfg.ema.model_fields_set
-            and cfg.ema.half_life_kimg is not None
-            and "decay" in cfg.ema.model_fields_set,
+            (cfg.ema.decay is None) == (cfg.ema.half_life_kimg is None),
             "ema.half_life_kimg",
-            "is given beside ema.decay; keep one of them",
+            "give either this or ema.decay, and null for the other",
         ),
-        (not cfg.ema.decay, "ema.decay", "needs at least one number"),
-        (cfg.ema.half_life_kimg == [], "ema.half_life_kimg", "needs at least one number"),
         (
             any(a <= b for a, b in itertools.pairwise(cfg.sample.sigmas or [])),
             "sample.sigmas",

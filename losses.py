@@ -98,11 +98,12 @@ def build(
     huber_c: float | None = None,
     lpips_weights: str | None = None,
     device: torch.device | str = "cpu",  # where LPIPS's network lives
+    resize: bool = True,  # whether LPIPS resizes small images to 224
 ) -> Distance:
     """The distance called `metric`: l1, l2, pseudo_huber (with its c) or lpips (with its file)."""
     if metric == "pseudo_huber":
         return lambda a, b: pseudo_huber(a, b, huber_c)
     if metric == "lpips":
         # The bound method, not the module: an objective that holds it does not put VGG into every checkpoint.
-        return LPIPS(lpips_weights).to(device).forward
+        return LPIPS(lpips_weights, resize).to(device).forward
     return {"l1": l1, "l2": l2}[metric]

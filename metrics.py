@@ -1,9 +1,9 @@
 """Scores of generated images against the training set, and its nearest training images.
 
-torch-fidelity computes the figures; this file gives it the images, the features and a cache. Two kinds of features:
-`inception` (the published FID and its kin) and `classifier` (a small classifier of the training set's own labels, for
-digits and other images on which Inception says little). Figures on different features do not compare, nor do the
-figures of two classifiers: print `features_name` beside every one.
+torch-fidelity computes the figures; this file gives it the images, the features and a cache. Features are those of
+published networks (`inception`: the FID of papers; `dinov2`, `clip`) or of a small classifier of the training set's own
+labels (`classifier`: for digits and other images on which Inception says little). Figures on different features do not
+compare, nor do the figures of two classifiers: print `features_name` beside every one.
 """
 
 from __future__ import annotations
@@ -13,80 +13,67 @@ import hashlib
 import os
 import pickle
 import socket
-import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch_fidelity
 from torch.nn import functional as F
 from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_clip import MODEL_METADATA as CLIP_FILES
+from torch_fidelity.feature_extractor_clip import MODEL_URLS as CLIP_URLS
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.metric_fid import fid_input_id_to_statistics, fid_statistics_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
+import config
+import data
+from checkpoint import write_atomically
 from networks.classifier import Classifier
 
 SILENCE = 10.0  # seconds without a byte after which a download is given up
 CLASSIFIER_VERSION = 1  # raise it when the classifier or its training changes: cached ones are then left alone
 CLASSIFIER_SEED = 20230303  # never the run's: every run on a dataset is scored by the same classifier
-NAMES = {"classifier": "classifier features", "inception": "Inception features"}
+FEATURES = {  # metrics.features -> torch-fidelity's extractor, and its name for people
+    "classifier": ("classifier", "classifier features"),
+    "inception": ("inception-v3-compat", "Inception features"),
+    "dinov2": ("dinov2-vit-b-14", "DINOv2 ViT-B/14 features"),
+    "clip": ("clip-vit-b-32", "CLIP ViT-B/32 features"),
+}
 KEYS = {  # ours -> torch-fidelity's, by the metric that gives them
     "fid": {"fid": "frechet_inception_distance"},
     "kid": {"kid": "kernel_inception_distance_mean"},
     "isc": {"isc": "inception_score_mean"},
     "prc": {"precision": "precision", "recall": "recall"},
 }
+Images = Any  # uint8 (N, C, H, W), or anything with a length and batch(int64 indices (B,)) -> uint8 (B, C, H, W)
 
 
 class ScoreError(RuntimeError):
     """A score that cannot be had for a reason the user can mend; the message is one line and says how."""
 
 
-class TrainingSet(Protocol):
-    """What scoring asks of a dataset; see data.py."""
-
-    name: str
-    resolution: int
-    channels: int
-    num_classes: int
-    labels: Any  # int64 (N,), or None
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Indices int64 (B,) -> images uint8 (B, C, H, W)."""
+def features_name(metrics_cfg: config.Metrics) -> str:
+    """Which features the figures are on, as 'classifier features'."""
+    return FEATURES[metrics_cfg.features][1]
 
 
-class MetricsConfig(Protocol):
-    """The `metrics` section of the config; see config.py."""
-
-    features: Any  # classifier | inception
-    scores: Any  # list of fid, kid, isc, prc
-    weights: Any  # path of Inception's weights, or None: downloaded
-    reference: Any  # path of EDM's reference statistics (npz), or None: the training set
-
-
-def features_name(metrics_cfg: MetricsConfig) -> str:
-    """Which features the figures are on: 'classifier features' or 'Inception features'."""
-    return NAMES[metrics_cfg.features]
-
-
-def describe(scores: dict[str, float], metrics_cfg: MetricsConfig, count: int) -> str:
+def describe(scores: dict[str, float], metrics_cfg: config.Metrics, count: int) -> str:
     """One line for people: 'fid 1.23, precision 0.71, recall 0.64 (classifier features, 5,000 samples)'."""
     figures = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     return f"{figures} ({features_name(metrics_cfg)}, {count:,} samples)"
 
 
 def score(
-    samples: torch.Tensor | Dataset[torch.Tensor],
-    dataset: TrainingSet,
-    metrics_cfg: MetricsConfig,
+    samples: Images,
+    dataset: data.Dataset | None,  # the training set; None is enough where metrics.reference is set
+    metrics_cfg: config.Metrics,
     cache_dir: str | os.PathLike[str],
     device: str | torch.device,
     batch_size: int = 64,
@@ -94,62 +81,102 @@ def score(
 ) -> dict[str, float]:
     """Scores samples against the training set, or against `metrics.reference` where that is set (fid alone).
 
-    samples: uint8 (N, C, H, W), or a torch Dataset of N uint8 (C, H, W), which is read once, batch by batch.
+    Samples are read once, batch by batch, in order, so that they can be drawn or decoded on the way.
     Returns `fid` (2206.00364's measure; lower is better), `kid` (mean), `isc` (mean; higher is better), `precision` and
     `recall`, as `metrics.scores` asks. cache_dir keeps the classifier and the reference statistics. The global random
     state is left as it was. Raises ScoreError.
     """
     device = torch.device(device)
     check_samples(samples, dataset)
-    inception = metrics_cfg.features == "inception"
-    if metrics_cfg.reference is not None and (not inception or list(metrics_cfg.scores) != ["fid"]):
+    features, reference = metrics_cfg.features, metrics_cfg.reference
+    if reference is not None and (features != "inception" or list(metrics_cfg.scores) != ["fid"]):
         raise ScoreError(
             "metrics.reference holds only the statistics of Inception features: "
             "set metrics.features=inception and metrics.scores=[fid], or metrics.reference=null"
         )
+    rgb = features != "classifier"
     with quiet(device):
-        key = file_name(dataset)
-        if inception:
-            weights, identity = inception_weights(metrics_cfg.weights, log), "rgb"
-        else:
-            weights, identity = classifier_weights(dataset, key, cache_dir, device, log)
-        count = len(samples)  # type: ignore[arg-type]
         options: dict[str, Any] = {
-            "input1": Images(samples, rgb=inception),
-            "feature_extractor": "inception-v3-compat" if inception else "classifier",
-            "feature_extractor_weights_path": str(weights),
+            "input1": FidelityImages(samples, rgb),
+            "feature_extractor": FEATURES[features][0],
             "batch_size": batch_size,
             "cuda": device.type == "cuda",
             "save_cpu_ram": True,  # no worker processes, distances by blocks
             "prc_batch_size": 2000,
             "verbose": False,
         }
-        if metrics_cfg.reference is not None:
-            return {"fid": fid_to_statistics(options, metrics_cfg.reference)}
+        if reference is not None:
+            weights = inception_weights(metrics_cfg.weights, log)
+            return {"fid": fid_to_statistics({**options, "feature_extractor_weights_path": str(weights)}, reference)}
+        key = file_name(dataset)
+        weights, identity = feature_weights(metrics_cfg, dataset, key, cache_dir, device, log)
+        cache = Path(cache_dir) / "fidelity"
+        remove_damaged(cache, f"{key}-{identity}", log)
         result = torch_fidelity.calculate_metrics(
             **options,
             **{name: True for name in metrics_cfg.scores},
-            input2=Images(dataset, rgb=inception),
+            feature_extractor_weights_path=None if weights is None else str(weights),
+            input2=FidelityImages(dataset, rgb),
             input2_cache_name=f"{key}-{identity}",
-            cache_root=str(Path(cache_dir) / "fidelity"),
-            kid_subset_size=min(1000, count, len(dataset)),
+            cache_root=str(cache),
+            kid_subset_size=min(1000, len(samples), len(dataset)),
         )
     return {ours: float(result[theirs]) for name in metrics_cfg.scores for ours, theirs in KEYS[name].items()}
 
 
-def check_samples(samples: torch.Tensor | Dataset[torch.Tensor], dataset: TrainingSet) -> None:
+def feature_weights(
+    metrics_cfg: config.Metrics,
+    dataset: data.Dataset,
+    key: str,
+    cache_dir: str | os.PathLike[str],
+    device: torch.device,
+    log: Callable[[str], None],
+) -> tuple[Path | None, str]:
+    """The weights file that torch-fidelity is to load (None: it finds its own), and what names the network in caches."""
+    if metrics_cfg.features == "classifier":
+        return classifier_weights(dataset, key, cache_dir, device, log)
+    if metrics_cfg.features == "dinov2":
+        return check_dinov2(metrics_cfg.weights, log), "rgb"
+    find = inception_weights if metrics_cfg.features == "inception" else clip_weights
+    return find(metrics_cfg.weights, log), "rgb"
+
+
+def check_samples(samples: Images, dataset: data.Dataset | None) -> None:
     """Raises ScoreError for samples that cannot be compared with the dataset."""
-    count = len(samples)  # type: ignore[arg-type]
-    if count < 10:
-        raise ScoreError(f"{count} samples are too few to score: make at least 10 (papers use 50,000)")
+    if len(samples) < 10:
+        raise ScoreError(f"{len(samples)} samples are too few to score: make at least 10 (papers use 50,000)")
+    first = fetch(samples, torch.tensor([0]))[0]
+    shape = tuple(first.shape)
+    if dataset is None:
+        if first.dtype != torch.uint8 or len(shape) != 3 or shape[0] not in (1, 3):
+            raise ScoreError(f"samples are {first.dtype} of shape {shape}: they must be torch.uint8 (1 or 3, H, W)")
+        return
     if len(dataset) < 10:
         raise ScoreError(f"{len(dataset)} training images are too few to score against: at least 10 are needed")
-    shape, wanted = tuple(samples[0].shape), (dataset.channels, dataset.resolution, dataset.resolution)
-    if shape != wanted or samples[0].dtype != torch.uint8:
+    wanted = (dataset.channels, dataset.resolution, dataset.resolution)
+    if shape != wanted or first.dtype != torch.uint8:
         raise ScoreError(
-            f"samples are {samples[0].dtype} of shape {shape} (channels, height, width), "
+            f"samples are {first.dtype} of shape {shape} (channels, height, width), "
             f"but the training set {dataset.name} is torch.uint8 of shape {wanted}: both must be alike"
         )
+
+
+def remove_damaged(cache: Path, name: str, log: Callable[[str], None]) -> None:
+    """Delete cached statistics that are not whole, or hold more than arrays: torch-fidelity would unpickle anything."""
+    make_array = np.zeros(1).__reduce__()[0]  # its module's name changes with numpy's version
+    arrays = [make_array, np.ndarray, np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64))]
+    for path in cache.glob(f"{name}-*.pt"):
+        try:
+            with zipfile.ZipFile(path) as archive, torch.serialization.safe_globals(arrays):
+                damaged = archive.testzip()
+                torch.load(path, map_location="cpu", weights_only=True)
+            if damaged is None:
+                continue
+            reason = f"the checksum of {damaged} is wrong"
+        except Exception as error:  # whatever is wrong with a cached file, a new one mends it
+            reason = one_line(error)
+        log(f"cached statistics {path} cannot be read ({reason}): computing them again")
+        path.unlink()
 
 
 def fid_to_statistics(options: dict[str, Any], path: str | os.PathLike[str]) -> float:
@@ -167,10 +194,10 @@ def fid_to_statistics(options: dict[str, Any], path: str | os.PathLike[str]) -> 
     return float(fid_statistics_to_metric(statistics, reference, verbose=False)["frechet_inception_distance"])
 
 
-class Images(Dataset[torch.Tensor]):
-    """A tensor, a torch Dataset or a training set as the Dataset that torch-fidelity reads, by whole batches."""
+class FidelityImages(Dataset[torch.Tensor]):
+    """Images as the Dataset that torch-fidelity reads, by whole batches."""
 
-    def __init__(self, images: Any, rgb: bool) -> None:
+    def __init__(self, images: Images, rgb: bool) -> None:
         self.images, self.rgb = images, rgb
 
     def __len__(self) -> int:
@@ -186,13 +213,11 @@ class Images(Dataset[torch.Tensor]):
         return list(images)
 
 
-def fetch(images: Any, indices: torch.Tensor) -> torch.Tensor:
-    """Images uint8 (B, C, H, W) on the CPU, from a tensor, a training set or a torch Dataset."""
+def fetch(images: Images, indices: torch.Tensor) -> torch.Tensor:
+    """Images uint8 (B, C, H, W) on the CPU."""
     if isinstance(images, torch.Tensor):
         return images[indices.to(images.device)].cpu()
-    if hasattr(images, "batch"):
-        return images.batch(indices).cpu()
-    return torch.stack([images[i] for i in indices.tolist()])
+    return images.batch(indices).cpu()
 
 
 @contextlib.contextmanager
@@ -215,7 +240,7 @@ def one_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def file_name(dataset: TrainingSet) -> str:
+def file_name(dataset: data.Dataset) -> str:
     """A name for cached files: the dataset's name and a hash of what is in it.
 
     Hashed: number and shape of images, all labels, and the bytes of up to 2048 images spread evenly over the set.
@@ -230,21 +255,12 @@ def file_name(dataset: TrainingSet) -> str:
     return f"{name}-{digest.hexdigest()[:16]}"
 
 
-# Inception ------------------------------------------------------------------------------------------------------------
+# Published networks ---------------------------------------------------------------------------------------------------
 
 
 def inception_weights(path: str | os.PathLike[str] | None, log: Callable[[str], None]) -> Path:
     """The path of torch-fidelity's Inception weights: `metrics.weights`, or torch's download folder (fetched once)."""
-    name = URL_INCEPTION_V3.rsplit("/", 1)[1]
-    if path is None:
-        found = Path(torch.hub.get_dir()) / "checkpoints" / name
-        if not found.exists():
-            download(URL_INCEPTION_V3, found, log)
-    else:
-        found = Path(path)
-    advice = f"give a file got from {URL_INCEPTION_V3} as metrics.weights=PATH"
-    if not found.is_file():
-        raise ScoreError(f"no file {found}: {advice}")
+    found, advice = find_weights("Inception", URL_INCEPTION_V3, URL_INCEPTION_V3.rsplit("/", 1)[1], path, log)
     try:  # torch-fidelity unpickles the file freely: refuse here one that holds more than tensors
         state = torch.load(found, map_location="cpu", weights_only=True)
         shape = state["fc.weight"].shape
@@ -255,19 +271,59 @@ def inception_weights(path: str | os.PathLike[str] | None, log: Callable[[str], 
     return found
 
 
-def download(url: str, path: Path, log: Callable[[str], None]) -> None:
-    """Fetches Inception's weights, giving up after SILENCE seconds without a byte; the file is whole or absent."""
-    log(f"fetching Inception's weights (91 MB) from {url}")
+def clip_weights(path: str | os.PathLike[str] | None, log: Callable[[str], None]) -> Path:
+    """The path of OpenAI's file of CLIP ViT-B/32. It is TorchScript, which is code: only theirs is run."""
+    name = FEATURES["clip"][0]
+    digest = CLIP_FILES[name]["hash"]
+    found, advice = find_weights("CLIP", CLIP_URLS[name], f"{name}-{digest}.pt", path, log)
+    if hashlib.sha256(found.read_bytes()).hexdigest() != digest:
+        raise ScoreError(f"{found} is not OpenAI's file of CLIP ViT-B/32 (its SHA-256 is another): {advice}")
+    return found
+
+
+def check_dinov2(path: str | os.PathLike[str] | None, log: Callable[[str], None]) -> None:
+    """See that torch.hub has, or can fetch, DINOv2's code and weights. torch-fidelity takes no local file for it."""
+    if path is not None:
+        raise ScoreError("metrics.weights is for inception and clip: DINOv2 comes from torch.hub; set it to null")
+    log(f"DINOv2 comes from torch.hub (kept in {torch.hub.get_dir()})")
+    name = FEATURES["dinov2"][0]
+    with mendable(
+        f"DINOv2 could not be fetched (%s): fetch it on another machine and copy its {torch.hub.get_dir()} here"
+    ):
+        create_feature_extractor(name, ["dinov2"], cuda=False, verbose=False)
+
+
+def find_weights(
+    network: str, url: str, name: str, path: str | os.PathLike[str] | None, log: Callable[[str], None]
+) -> tuple[Path, str]:
+    """The file `path`, or torch's download `name`, fetched where it is missing; and advice for messages about it."""
+    found = Path(torch.hub.get_dir()) / "checkpoints" / name if path is None else Path(path)
+    advice = f"give a file got from {url} as metrics.weights=PATH"
+    if path is None and not found.exists():
+        download(network, url, found, log)
+    if not found.is_file():
+        raise ScoreError(f"no file {found}: {advice}")
+    return found, advice
+
+
+def download(network: str, url: str, path: Path, log: Callable[[str], None]) -> None:
+    """Fetches a network's weights; the file, whose name ends in its hash, is whole or absent."""
+    log(f"fetching {network}'s weights from {url}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    advice = f"get {url} on another machine and give it as metrics.weights=PATH"
+    with mendable(f"{network}'s weights could not be fetched (%s): {advice}"):
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1], progress=False)
+
+
+@contextlib.contextmanager
+def mendable(message: str) -> Iterator[None]:
+    """A failed download becomes a ScoreError of `message` with the reason; so do SILENCE seconds without a byte."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1], progress=False)
+        yield
     except (OSError, RuntimeError) as error:
-        raise ScoreError(
-            f"Inception's weights could not be fetched ({one_line(error)}): get {url} on another machine and give "
-            "it as metrics.weights=PATH, or take metrics.features=classifier"
-        ) from None
+        raise ScoreError(f"{message % one_line(error)}, or take metrics.features=classifier") from None
     finally:
         socket.setdefaulttimeout(before)
 
@@ -304,7 +360,7 @@ if "classifier" not in FEATURE_EXTRACTORS_REGISTRY:  # the registry outlives a r
 
 
 def classifier_weights(
-    dataset: TrainingSet, key: str, cache_dir: str | os.PathLike[str], device: torch.device, log: Callable[[str], None]
+    dataset: data.Dataset, key: str, cache_dir: str | os.PathLike[str], device: torch.device, log: Callable[[str], None]
 ) -> tuple[Path, str]:
     """The path of the dataset's classifier, trained where the cache has none, and a hash of its weights.
 
@@ -331,20 +387,11 @@ def classifier_weights(
     return path, digest.hexdigest()[:16]
 
 
-def save_classifier(path: Path, classifier: Classifier, dataset: TrainingSet, accuracy: float) -> None:
+def save_classifier(path: Path, classifier: Classifier, dataset: data.Dataset, accuracy: float) -> None:
     """Writes the classifier whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu() for name, value in classifier.state_dict().items()}
     shape = {"channels": dataset.channels, "resolution": dataset.resolution, "classes": dataset.num_classes}
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            torch.save({"state": state, "shape": shape, "accuracy": accuracy}, file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_atomically(path, lambda file: torch.save({"state": state, "shape": shape, "accuracy": accuracy}, file))
 
 
 def load_classifier(path: Path) -> Classifier:
@@ -356,7 +403,7 @@ def load_classifier(path: Path) -> Classifier:
 
 
 def train_classifier(
-    dataset: TrainingSet, device: torch.device, log: Callable[[str], None]
+    dataset: data.Dataset, device: torch.device, log: Callable[[str], None]
 ) -> tuple[Classifier, float]:
     """Trains the classifier on nine tenths of the labelled training set; returns it and its accuracy on the rest.
 
@@ -426,21 +473,21 @@ def shift(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def nearest(
-    samples: torch.Tensor | Dataset[torch.Tensor], dataset: TrainingSet, k: int, device: str | torch.device
+    samples: Images, dataset: data.Dataset, k: int, device: str | torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k nearest training images of each sample: distances float32 (N, k), ascending, and indices int64 (N, k).
 
     The distance is the root mean square difference of pixels in [0, 1], the normalised l2 of 2301.13188, section 4:
-    0 is a copy, and what else counts as one is the caller's to say. By blocks, brute force, results on the CPU.
+    0 is a copy; for what else counts as one see `copies`. By blocks, brute force, results on the CPU.
     """
     k = min(k, len(dataset))
-    blocks = torch.arange(len(samples)).split(1024)  # type: ignore[arg-type]
+    blocks = torch.arange(len(samples)).split(1024)
     distances, indices = zip(*(nearest_block(fetch(samples, rows), dataset, k, device) for rows in blocks), strict=True)
     return torch.cat(distances), torch.cat(indices)
 
 
 def nearest_block(
-    samples: torch.Tensor, dataset: TrainingSet, k: int, device: str | torch.device
+    samples: torch.Tensor, dataset: data.Dataset, k: int, device: str | torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`nearest` for a block of samples: a matrix product finds candidates, plain differences measure and order them."""
     x = samples.to(device).flatten(1).float() - 128  # centred: smaller squares, less rounding
@@ -458,3 +505,15 @@ def nearest_block(
         exact[:, column] = ((x - y) ** 2).mean(1).sqrt() / 255
     exact, order = exact.sort(dim=1, stable=True)
     return exact[:, :k].cpu(), found.gather(1, order)[:, :k].cpu()
+
+
+def copy_threshold(dataset: data.Dataset, device: str | torch.device, share: float = 0.01) -> float:
+    """The distance to a training image up to which a sample counts as a copy of it (`nearest` gives distances).
+
+    As near as that lie only `share` of the training images to another training image, so about `share` of new images
+    of the same kind would count by chance, and more copies than that are memory. Measured on up to 2,000 training
+    images spread evenly over the set, each against all. Mirrored copies are not looked for.
+    """
+    spread = torch.linspace(0, len(dataset) - 1, min(len(dataset), 2000), dtype=torch.float64).round().long()
+    distances, _ = nearest(fetch(dataset, spread), dataset, 2, device)  # the first is the image itself
+    return float(distances[:, -1].quantile(share, interpolation="lower"))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -52,6 +53,30 @@ def heun(
     return x
 
 
+def dpm_solver_trajectory(
+    model: Model,
+    x: torch.Tensor,  # (B, ...) at noise level sigma_max
+    steps: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    **conditions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The probability-flow ODE by DPM-Solver++(2M), even in ln sigma (2211.01095 alg. 2).
+
+    Returns the points it visits (steps, B, ...), their noise levels (steps,) descending, and its end (B, ...).
+    """
+    sigmas = torch.exp(torch.linspace(math.log(sigma_max), math.log(sigma_min), steps + 1, dtype=torch.float64))
+    points, D_before = [], None
+    for i in range(steps):
+        points.append(x)
+        D = model(x, _level(sigmas[i], x), **conditions)
+        # Even steps in ln sigma: the slope of D over the last step carries into the next one.
+        ahead = D if D_before is None else D + (D - D_before) / 2
+        x = torch.lerp(ahead, x, float(sigmas[i + 1] / sigmas[i]))
+        D_before = D
+    return torch.stack(points), sigmas[:-1], x
+
+
 def _level(sigma: float, z: torch.Tensor) -> torch.Tensor:
     return torch.full((len(z),), float(sigma), dtype=z.dtype, device=z.device)
 
@@ -89,6 +114,52 @@ def plan(cfg: Config, steps: int = 1) -> tuple[list[float], str]:
     if s.solver == "heun" or (s.solver == "auto" and cfg.objective.name == "edm"):
         return karras_sigmas(s.heun_steps, low, high).tolist(), "heun"
     return levels(steps, high, low, s.sigmas), "multistep"
+
+
+def search_levels(
+    score: Callable[[list[float]], float],  # noise levels -> what is to be low, as the FID of samples drawn by them
+    steps: int,
+    sigma_max: float = 80.0,
+    sigma_min: float = 0.002,
+    tolerance: float = 0.1,  # of ln sigma
+) -> Iterator[tuple[list[float], float]]:
+    """The best levels of 2, 3, ... `steps` evaluations and their scores (2303.01469 sec. 5).
+
+    Greedy: each keeps the levels before it and finds one more, by golden-section search over ln sigma between sigma_min
+    and the level before. The best level tried is taken, so noise in the scores cannot lose it. Levels have three
+    significant digits.
+    """
+    found = [float(sigma_max)]
+    while len(found) < steps:
+        tried: dict[float, float] = {}
+
+        def at(log_sigma: float, found: list[float] = found, tried: dict[float, float] = tried) -> float:
+            sigma = float(f"{math.exp(log_sigma):.3g}")
+            if sigma not in tried:
+                tried[sigma] = score([*found, sigma])
+            return tried[sigma]
+
+        golden_section(at, math.log(sigma_min), math.log(found[-1]), tolerance)
+        best = min(tried, key=tried.__getitem__)
+        found = [*found, best]
+        yield found, tried[best]
+
+
+def golden_section(f: Callable[[float], float], low: float, high: float, tolerance: float) -> float:
+    """Where f, which falls and then rises between low and high, is lowest, to within `tolerance`; one call a round."""
+    share = (math.sqrt(5) - 1) / 2
+    left, right = high - share * (high - low), low + share * (high - low)
+    at_left, at_right = f(left), f(right)
+    while high - low > tolerance:
+        if at_left < at_right:
+            high, right, at_right = right, left, at_left
+            left = high - share * (high - low)
+            at_left = f(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + share * (high - low)
+            at_right = f(right)
+    return (low + high) / 2
 
 
 @torch.no_grad()

@@ -72,3 +72,20 @@ def ect_r(
     """r(t): the target's noise level, r = max(0, t (1 - q^-(stage+1) n(t))), (B,) (2406.14548 sec. 3.2, app. A)."""
     n = 1 + k * torch.sigmoid(-b * t) if mapping == "sigmoid" else torch.ones_like(t)
     return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
+
+
+# TCM (Lee et al. 2024, 2410.14895) ------------------------------------------------------------------------------------
+
+
+def truncated_student_t(df: float, scale: float, low: float, high: float, points: int = 4097) -> torch.Tensor:
+    """Quantiles of ln t, Student-t with mean 0 truncated to low <= t <= high: float64 (points,), evenly spaced in p.
+
+    Draw by interpolating between them at a uniform place (2410.14895 sec. 4.2).
+    """
+    x = torch.linspace(math.log(low), math.log(high), 200_001, dtype=torch.float64)
+    density = (1 + (x / scale) ** 2 / df) ** (-(df + 1) / 2)
+    cdf = torch.cat([x.new_zeros(1), torch.cumulative_trapezoid(density, x)])
+    p = torch.linspace(0, 1, points, dtype=torch.float64) * cdf[-1]
+    right = torch.searchsorted(cdf, p).clamp(1, len(x) - 1)
+    share = (p - cdf[right - 1]) / (cdf[right] - cdf[right - 1])
+    return torch.lerp(x[right - 1], x[right], share)

@@ -27,6 +27,7 @@ from devices import pick_device, pick_precision, place
 from draws import Draws, key
 from ema import EMA, decay_from_half_life
 from logs import RunLog
+from losses import WeightsMissing
 
 # Settings that a resumed run may change: they decide where and how fast it runs, not what it computes.
 FREE = frozenset(
@@ -84,7 +85,10 @@ class Trainer:
             "augment_dim": AUGMENT_DIM if cfg.data.augment else 0,
         }
         self.model = self._build_model()
-        self.objective = objectives.build(cfg, self.model).to(self.device)
+        try:
+            self.objective = objectives.build(cfg, self.model, self._load_teacher()).to(self.device)
+        except WeightsMissing as error:
+            raise ConfigError(str(error)) from None
         self.emas = [EMA(self.model, decay, cfg.ema.warmup) for decay in self._decays()]
         self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -101,14 +105,32 @@ class Trainer:
             model = networks.build(self.cfg.network, **self.shape)
         except ValueError as error:
             raise ConfigError(f"network: {error}") from None
-        if self.cfg.train.init_from:
-            checkpoint.initialise(model, self.cfg.train.init_from)
+        start = self.cfg.train.init_from or self._teacher_path()
+        if start:
+            checkpoint.initialise(model, start)
         model = model.to(self.device, memory_format=torch.channels_last).train()
         if self.precision == "fp64":
             model.double()
         elif self.precision != "fp32":
             model.autocast = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return model
+
+    def _teacher_path(self) -> str | None:
+        return getattr(self.cfg.objective, "teacher", None)
+
+    def _load_teacher(self) -> networks.Preconditioner | None:
+        path = self._teacher_path()
+        if path is None:
+            return None
+        teacher = checkpoint.load_model(path, self.device)
+        for name, here in self.shape.items():
+            there = getattr(teacher, {"resolution": "img_resolution", "channels": "img_channels"}.get(name, name))
+            if there != here and (name != "augment_dim" or here):
+                raise ConfigError(f"objective.teacher: {path}: its {name} is {there}, this run's {here}")
+        if self.precision == "fp64":
+            teacher.double()
+        teacher.autocast = self.model.autocast
+        return teacher.to(memory_format=torch.channels_last)
 
     def _decays(self) -> list[float]:
         if self.cfg.ema.half_life_kimg:
@@ -224,8 +246,8 @@ class Trainer:
         different = config.first_difference(saved, self.cfg, FREE if scheduled else FREE | {"train.steps"})
         if different:
             raise ConfigError(
-                f"{path}: was trained with another config: {different}; set it back to resume, or start anew in another "
-                "run.dir (train.init_from takes the weights)"
+                f"{path}: was trained with another config: {different}; set it back to resume, or start anew in "
+                "another run.dir (train.init_from takes the weights)"
             )
 
     # The loop ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The pieces the UNets are built of: resampling convolutions, group norm, attention, the residual block, embeddings.
 
 Parameter and buffer names are those of published EDM checkpoints. Nothing here copies a tensor only to change its
-layout: give the network channels_last weights (as `networks.build` does) and everything stays channels_last.
+layout: the network works in the layout of its weights and input, NCHW or channels_last.
 """
 
 import contextlib
@@ -69,7 +69,8 @@ class GroupNorm(nn.GroupNorm):
         if groups == 0 or channels % groups:
             raise ValueError(
                 f"group norm: {channels} channels do not split into {groups} groups; "
-                "take model_channels and channel_mult so that every level has a multiple of 32 channels (or few)"
+                "take model_channels and channel_mult so that every level has a multiple of 32 channels, "
+                "or a multiple of 4 up to 128"
             )
         super().__init__(groups, channels, eps=eps)
 
@@ -148,7 +149,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     # One 64-bit draw makes four mask elements; F.dropout makes one, and took a tenth of a training step.
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)
     keep = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
@@ -252,7 +253,10 @@ class UNetBlock(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """(B,) -> (B, channels): cos and sin at geometrically spaced frequencies, 1 down to 1/10000 (exclusive unless `endpoint`)."""
+    """(B,) -> (B, channels): cos, then sin, at frequencies spaced geometrically from 1 to 1/10000.
+
+    endpoint: 1/10000 is the last of them (DDPM++), not the one after the last (ADM).
+    """
 
     def __init__(self, channels: int, endpoint: bool = False) -> None:
         super().__init__()
@@ -267,7 +271,7 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """(B,) -> (B, channels): cos and sin at fixed random frequencies, normal with std `scale` (16 in EDM, 0.02 in iCT)."""
+    """(B,) -> (B, channels): cos, then sin, at fixed random frequencies: normal with std `scale` (16; iCT: 0.02)."""
 
     def __init__(self, channels: int, scale: float) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""The wrapper that turns a raw network into a denoiser (2206.00364 table 1; 2303.01469 appendix C)."""
+"""The wrapper that turns a raw network into a denoiser (2206.00364 tab. 1; 2303.01469 app. C; 2410.11081 sec. 3)."""
+
+import contextlib
 
 import torch
 from torch import Tensor, nn
@@ -7,9 +9,12 @@ from torch import Tensor, nn
 class Preconditioner(nn.Module):
     """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise).
 
-    precond: "edm", or "cm" whose boundary is D(x; sigma_min) = x. c_noise: "log" is ln(sigma)/4, "log250" is
-    250 ln(sigma). The arithmetic is float32 (float64 for float64 x) whatever autocast makes of the network.
+    precond: "edm", "cm" whose boundary is D(x; sigma_min) = x, or "trigflow": edm in the clock t = atan(sigma/sd), with
+    the sign of F turned. c_noise: "log" is ln(sigma)/4, "log250" is 250 ln(sigma), "t" is t. The arithmetic is float32
+    (float64 for float64 x), whatever the network computes in: its weights' dtype, or what `autocast` says.
     """
+
+    autocast: torch.dtype | None = None  # bfloat16 or float16 inside the network; None: as around the call
 
     def __init__(
         self,
@@ -21,10 +26,10 @@ class Preconditioner(nn.Module):
         sigma_max: float = 80.0,
     ) -> None:
         super().__init__()
-        if precond not in ("edm", "cm"):
-            raise ValueError(f"precond is {precond!r}; it must be edm or cm")
-        if c_noise not in ("log", "log250"):
-            raise ValueError(f"c_noise is {c_noise!r}; it must be log or log250")
+        if precond not in ("edm", "cm", "trigflow"):
+            raise ValueError(f"precond is {precond!r}; it must be edm, cm or trigflow")
+        if c_noise not in ("log", "log250", "t"):
+            raise ValueError(f"c_noise is {c_noise!r}; it must be log, log250 or t")
         self.model = model
         self.precond = precond
         self.c_noise = c_noise
@@ -54,7 +59,7 @@ class Preconditioner(nn.Module):
         eps = self.sigma_min if self.precond == "cm" else 0.0
         c_skip = self.sigma_data**2 / ((sigma - eps) ** 2 + self.sigma_data**2)
         c_out = self.sigma_data * (sigma - eps) / (sigma**2 + self.sigma_data**2).sqrt()
-        return c_skip * x + c_out * f
+        return c_skip * x - c_out * f if self.precond == "trigflow" else c_skip * x + c_out * f
 
     def raw(
         self,
@@ -63,14 +68,24 @@ class Preconditioner(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
     ) -> Tensor:
-        """F(c_in x, c_noise(sigma)), the network's own output; arguments as in `forward`."""
+        """F(c_in x, c_noise(sigma)), the network's own output in its own dtype; arguments as in `forward`."""
         x, sigma = self._cast(x, sigma)
         class_labels = self._labels("class_labels", class_labels, self.label_dim, x)
         augment_labels = self._labels("augment_labels", augment_labels, self.augment_dim, x)
         c_in = (sigma**2 + self.sigma_data**2).rsqrt().reshape(-1, *[1] * (x.ndim - 1))
+        dtype = next(self.model.parameters()).dtype
+        inputs = (c_in * x, self.noise_label(sigma), class_labels, augment_labels)
+        inputs = [None if t is None else t.to(dtype) for t in inputs]
+        cast = torch.autocast(x.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with cast:
+            return self.model(*inputs)
+
+    def noise_label(self, sigma: Tensor) -> Tensor:
+        """c_noise(sigma), what the network is told of the noise level; (B,) -> (B,)."""
+        if self.c_noise == "t":
+            return torch.atan(sigma / self.sigma_data)
         log_sigma = sigma.clamp(min=1e-8).log()  # finite at sigma = 0
-        c_noise = log_sigma / 4 if self.c_noise == "log" else log_sigma * 250
-        return self.model(c_in * x, c_noise, class_labels, augment_labels)
+        return log_sigma / 4 if self.c_noise == "log" else log_sigma * 250
 
     @staticmethod
     def _cast(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,5 +99,6 @@ class Preconditioner(nn.Module):
         if labels is None:
             return x.new_zeros(x.shape[0], dim)
         if labels.shape != (x.shape[0], dim):
-            raise ValueError(f"{name} has shape {tuple(labels.shape)}; this network needs {(x.shape[0], dim)}")
-        return labels.to(x.dtype)
+            needs = f"({x.shape[0]}, {dim})" if dim else "none"
+            raise ValueError(f"{name} has shape {tuple(labels.shape)}; this network needs {needs}")
+        return labels

@@ -14,40 +14,57 @@ from typing import TYPE_CHECKING
 import torch
 
 import losses
+from objectives.cd import ConsistencyDistillation
+from objectives.cmt import MidTraining
 from objectives.common import Output as Output
 from objectives.ct import ConsistencyTraining
 from objectives.ect import EasyConsistencyTuning
 from objectives.edm import EDM
 from objectives.ict import ImprovedConsistencyTraining
+from objectives.pd import ProgressiveDistillation
+from objectives.scm import ContinuousConsistency
+from objectives.tcm import TruncatedConsistency
 
 if TYPE_CHECKING:
     from config import Config
 
 
-def build(cfg: Config, model: torch.nn.Module) -> torch.nn.Module:
-    """The objective that `cfg` asks for, on `model`'s noise levels. Raises losses.WeightsMissing for LPIPS."""
-    o = cfg.objective
-    levels = {"sigma_min": cfg.network.sigma_min, "sigma_max": cfg.network.sigma_max}
-    if o.name == "edm":
-        return EDM(o.P_mean, o.P_std, cfg.network.sigma_data)
-    if o.name == "ct":
-        device = next(model.parameters()).device
-        distance = losses.build(o.metric, o.huber_c, o.lpips_weights, device)
-        return ConsistencyTraining(
-            model,
-            cfg.train.steps,
-            distance,
-            o.s0,
-            o.s1,
-            o.mu0,
-            o.weighting,
-            **levels,
-            sigma_data=cfg.network.sigma_data,
-        )
-    if o.name == "ict":
-        distance = losses.build("pseudo_huber", o.huber_c)
-        return ImprovedConsistencyTraining(cfg.train.steps, distance, o.s0, o.s1, o.P_mean, o.P_std, **levels)
-    if o.name == "ect":
-        steps = o.double_kimg * 1000 / cfg.train.batch_size if o.double_kimg else math.inf
-        return EasyConsistencyTuning(steps, o.q, o.mapping, o.P_mean, o.P_std, o.huber_c)
+def build(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Module | None = None) -> torch.nn.Module:
+    """The objective that `cfg` asks for, on `model`'s noise levels; `teacher` is the model of objective.teacher.
+
+    Raises losses.WeightsMissing where LPIPS has no VGG weights.
+    """
+    o, n, steps, batch = cfg.objective, cfg.network, cfg.train.steps, cfg.train.batch_size
+    levels = {"sigma_min": n.sigma_min, "sigma_max": n.sigma_max}
+    device = next(model.parameters()).device
+    if o.name in ("ct", "cd", "ict", "cmt"):
+        metric = getattr(o, "metric", "pseudo_huber")
+        distance = losses.build(metric, o.huber_c, getattr(o, "lpips_weights", None), device, resize=o.name != "cmt")
+
+    match o.name:
+        case "edm" | "trigflow":  # one loss in two clocks: only the preconditioning and P_mean, P_std differ
+            return EDM(o.P_mean, o.P_std, n.sigma_data)
+        case "ct":
+            grid = {**levels, "sigma_data": n.sigma_data}
+            return ConsistencyTraining(model, steps, distance, o.s0, o.s1, o.mu0, o.weighting, **grid)
+        case "cd":
+            grid = {**levels, "sigma_data": n.sigma_data}
+            how = (o.N, o.mu, o.solver, o.guidance, o.weighting)
+            return ConsistencyDistillation(model, teacher, distance, *how, **grid)
+        case "ict":
+            return ImprovedConsistencyTraining(steps, distance, o.s0, o.s1, o.P_mean, o.P_std, **levels)
+        case "ect":
+            steps_per_stage = o.double_kimg * 1000 / batch if o.double_kimg else math.inf
+            return EasyConsistencyTuning(steps_per_stage, o.q, o.mapping, o.P_mean, o.P_std, o.huber_c)
+        case "sct" | "scd":
+            return ContinuousConsistency(
+                n.sigma_data, o.P_mean, o.P_std, o.warmup, o.c, teacher, getattr(o, "guidance", None)
+            )
+        case "tcm":
+            how = (o.t_prime, o.q, o.boundary_share, o.boundary_weight, o.df, o.scale, o.huber_c)
+            return TruncatedConsistency(teacher, *how, sigma_max=n.sigma_max)
+        case "cmt":
+            return MidTraining(teacher, distance, o.steps, **levels)
+        case "pd":
+            return ProgressiveDistillation(teacher, steps, o.N, o.weighting, **levels, sigma_data=n.sigma_data)
     raise AssertionError(f"config.py let through objective.name {o.name!r}")

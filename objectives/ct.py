@@ -64,13 +64,20 @@ class ConsistencyTraining(torch.nn.Module):
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
         low, high = sigmas[index].to(x.dtype), sigmas[index + 1].to(x.dtype)
+        x_high = x + like(high, x) * noise
 
         dropout = rng_state(x.device)
-        D = model(x + like(high, x) * noise, high, **conditions)
-        with torch.no_grad(), replayed(dropout, x.device):
-            D_target = self.target(x + like(low, x) * noise, low, **conditions)
+        D = model(x_high, high, **conditions)
+        with torch.no_grad():
+            x_low = self.lower_point(x_high, high, low, x, noise, conditions)
+            with replayed(dropout, x.device):
+                D_target = self.target(x_low, low, **conditions)
         loss = snr_weight(self.weighting, high, self.sigma_data) * self.distance(D, D_target)
         return Output(loss.mean(), {"N": N, "mu": self.target_decay(step)})
+
+    def lower_point(self, x_high, high, low, x, noise, conditions) -> torch.Tensor:
+        """x_n, where the target looks: the same noise at the lower level. CD asks its teacher instead."""
+        return x + like(low, x) * noise
 
     def target_decay(self, step: int) -> float:
         """mu(k)."""

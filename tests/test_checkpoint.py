@@ -112,7 +112,7 @@ def test_weights_of_another_network_are_refused_by_the_first_difference(trained,
     checkpoint.initialise(build(), path)
     with pytest.raises(checkpoint.CheckpointError, match=r"another network: .* is \[.*\] there and \[.*\] here"):
         checkpoint.initialise(build(model_channels=12), path)
-    with pytest.raises(checkpoint.CheckpointError, match="another network: .* has no place in this one"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"another network: .* has no place in this one"):
         checkpoint.initialise(build(attn_resolutions=[]), path)
     with pytest.raises(checkpoint.CheckpointError, match=r"another network: it has no model\.dec\.8x8_block1\.norm2"):
         checkpoint.initialise(build(attn_resolutions=[4, 8]), path)

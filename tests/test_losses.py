@@ -47,7 +47,7 @@ def test_lpips_without_weights_names_the_options(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     with pytest.raises(losses.WeightsMissing, match=r"objective\.lpips_weights.*objective\.metric: l2"):
         losses.LPIPS()
-    with pytest.raises(losses.WeightsMissing, match="missing.pth"):
+    with pytest.raises(losses.WeightsMissing, match=r"missing\.pth"):
         losses.LPIPS(str(tmp_path / "missing.pth"))
 
 

@@ -1,0 +1,57 @@
+"""CD: consistency distillation of a diffusion model (Song et al. 2023, 2303.01469 alg. 2)."""
+
+from __future__ import annotations
+
+import torch
+
+from losses import Distance
+from objectives.common import guided, like
+from objectives.ct import ConsistencyTraining
+
+
+class ConsistencyDistillation(ConsistencyTraining):
+    """CT's loss with x_n from one step of the teacher's ODE from x_{n+1}, a fixed grid and a fixed target decay."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,  # the student; its copy becomes the target
+        teacher: torch.nn.Module,  # a denoiser, in eval mode
+        distance: Distance,  # (B, ...), (B, ...) -> (B,)
+        N: int = 18,  # noise levels in the grid
+        mu: float = 0.0,  # decay of the target; 0: it is the student
+        solver: str = "heun",  # or "euler"
+        guidance: float | None = None,  # w of classifier-free guidance of the teacher; None: as it is
+        weighting: str = "uniform",
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+    ):
+        super().__init__(
+            model,
+            total_steps=1,
+            distance=distance,
+            weighting=weighting,
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            sigma_data=sigma_data,
+        )
+        self.teacher = teacher.requires_grad_(False)
+        self.N, self.mu, self.solver, self.guidance = N, mu, solver, guidance
+
+    def levels(self, step: int) -> int:
+        """N, the same at every step."""
+        return self.N
+
+    def target_decay(self, step: int) -> float:
+        """mu, the same at every step."""
+        return self.mu
+
+    def lower_point(self, x_high, high, low, x, noise, conditions) -> torch.Tensor:
+        """One Heun or Euler step of dx/dsigma = (x - D_teacher) / sigma from `high` to `low`."""
+        high_, low_ = like(high, x), like(low, x)
+        slope = (x_high - guided(self.teacher, x_high, high, self.guidance, conditions)) / high_
+        x_low = x_high + (low_ - high_) * slope
+        if self.solver == "euler":
+            return x_low
+        slope_low = (x_low - guided(self.teacher, x_low, low, self.guidance, conditions)) / low_
+        return x_high + (low_ - high_) * (slope + slope_low) / 2

@@ -1,0 +1,47 @@
+"""CMT: mid-training on the teacher's trajectories, between the teacher and ECT (Hu et al. 2025, 2509.24526)."""
+
+from __future__ import annotations
+
+import torch
+
+from draws import Draws
+from losses import Distance
+from objectives.common import Output
+from sampler import dpm_solver_trajectory
+
+
+class MidTraining(torch.nn.Module):
+    """Every point of the teacher's trajectory from noise is mapped onto the trajectory's own end.
+
+    A batch of B images starts B / steps trajectories at y + sigma_max z, of `steps` points each; the other images rest.
+    """
+
+    def __init__(
+        self,
+        teacher: torch.nn.Module,  # a denoiser, in eval mode
+        distance: Distance,  # (B, ...), (B, ...) -> (B,)
+        steps: int = 16,  # of DPM-Solver++(2M), in ln sigma
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ):
+        super().__init__()
+        self.teacher = teacher.requires_grad_(False)
+        self.distance, self.steps, self.sigma_min, self.sigma_max = distance, steps, sigma_min, sigma_max
+
+    def forward(self, model, x, step=0, draws=None, noise=None, **conditions) -> Output:
+        """x (B, ...) clean data, B a multiple of `steps`; noise (B, ...) may be given."""
+        draws = draws or Draws.fresh(x)
+        if noise is None:
+            noise = draws.normal(x.shape, x.dtype)
+        rows = slice(0, len(x), self.steps)
+        own = {name: value[rows] if value is not None else None for name, value in conditions.items()}
+        start = x[rows] + self.sigma_max * noise[rows]
+        with torch.no_grad():
+            points, sigmas, end = dpm_solver_trajectory(
+                self.teacher, start, self.steps, self.sigma_min, self.sigma_max, **own
+            )
+        many = {name: v.repeat(self.steps, *[1] * (v.ndim - 1)) if v is not None else None for name, v in own.items()}
+        sigma = sigmas.to(x).repeat_interleave(len(start))
+        D = model(points.flatten(0, 1), sigma, **many)
+        target = end.repeat(self.steps, *[1] * (x.ndim - 1))
+        return Output(self.distance(D, target).mean(), {})

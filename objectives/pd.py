@@ -1,0 +1,72 @@
+"""PD: progressive distillation, halving the steps stage by stage (Salimans & Ho 2022, 2202.00512)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from draws import Draws
+from losses import l2
+from objectives.common import Output, like
+from objectives.ct import snr_weight
+
+
+class ProgressiveDistillation(torch.nn.Module):
+    """The student's one Euler step on a grid of N intervals matches the teacher's two; then it becomes the teacher.
+
+    N falls from `N` to 1 by halves in equal parts of the run. Call `after_step` after every optimizer step.
+    """
+
+    def __init__(
+        self,
+        teacher: torch.nn.Module,  # a denoiser; the student of each stage takes its place
+        total_steps: int,  # K
+        N: int = 512,  # intervals of the student's first grid, a power of two
+        weighting: str = "truncated-snr",  # 2202.00512 sec. 4
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        rho: float = 7.0,
+    ):
+        super().__init__()
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.total_steps, self.N, self.weighting, self.sigma_data = total_steps, N, weighting, sigma_data
+        self.low, self.high, self.rho = sigma_min ** (1 / rho), sigma_max ** (1 / rho), rho
+
+    def intervals(self, step: int) -> int:
+        """The student's grid at step k."""
+        stages = self.N.bit_length()  # N, N/2, ..., 1
+        stage = min(step * stages // self.total_steps, stages - 1)
+        return self.N >> stage
+
+    def sigma(self, place: torch.Tensor) -> torch.Tensor:
+        """Noise level at `place` in [0, 1] of the Karras grid, 0 at sigma_max (B,)."""
+        return (self.high + place * (self.low - self.high)) ** self.rho
+
+    def forward(self, model, x, step=0, draws=None, index=None, noise=None, **conditions) -> Output:
+        """x (B, ...) clean data; index (B,) int64, the interval counted from sigma_max, and noise may be given."""
+        draws = draws or Draws.fresh(x)
+        N = self.intervals(step)
+        if index is None:
+            index = draws.integers(N, (len(x),))
+        if noise is None:
+            noise = draws.normal(x.shape, x.dtype)
+        t, half, end = (self.sigma((index.double() + part) / N).to(x.dtype) for part in (0, 0.5, 1))
+        x_t = x + like(t, x) * noise
+        with torch.no_grad():
+            x_half = self.euler(x_t, t, half, conditions)
+            x_end = self.euler(x_half, half, end, conditions)
+            target = x_t - like(t / (end - t), x) * (x_end - x_t)  # the D whose one step ends at x_end
+        D = model(x_t, t, **conditions)
+        return Output((snr_weight(self.weighting, t, self.sigma_data) * l2(D, target)).mean(), {"N": N})
+
+    def euler(self, x: torch.Tensor, high: torch.Tensor, low: torch.Tensor, conditions: dict) -> torch.Tensor:
+        """The teacher's Euler step from noise level `high` to `low`, (B,) each."""
+        return x + like((low - high) / high, x) * (x - self.teacher(x, high, **conditions))
+
+    @torch.no_grad()
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        """At the end of a stage the student becomes the teacher."""
+        if self.intervals(step + 1) != self.intervals(step):
+            torch._foreach_copy_(list(self.teacher.parameters()), list(model.parameters()))

@@ -1,0 +1,112 @@
+"""sCM: continuous-time consistency, trained (sCT) or distilled (sCD) (Lu & Song 2024, 2410.11081 alg. 1)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+
+from draws import Draws
+from networks import plain_attention
+from objectives.common import Output, guided, like, replayed, rng_state
+
+# torch scripts its own forward-mode rules when they are first used, and warns of it.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+
+
+class AdaptiveWeight(torch.nn.Module):
+    """w(t): a learned scalar function of t, zero at the start; linear in Fourier features (2410.11081 sec. 4.2)."""
+
+    def __init__(self, features: int = 128):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(features, generator=generator))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(features, generator=generator))
+        self.linear = torch.nn.Linear(features, 1, bias=False)
+        torch.nn.init.zeros_(self.linear.weight)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """t (B,) in radians -> (B,)."""
+        features = (t[:, None].to(self.phases.dtype) * self.frequencies + self.phases).cos() * math.sqrt(2)
+        return self.linear(features / math.sqrt(len(self.phases))).squeeze(1)
+
+
+class ContinuousConsistency(torch.nn.Module):
+    """loss = e^w(t)/d |F(x_t/sd, t) - sg F - g|^2 - w(t), in TrigFlow: x_t = cos(t) x + sin(t) z, z ~ N(0, sd^2).
+
+    g is the normalised tangent, from a forward-mode derivative of the network along the ODE. Without a teacher the
+    ODE's slope is that of the pair (x, z): sCT; with one it is the teacher's: sCD.
+    """
+
+    def __init__(
+        self,
+        sigma_data: float = 0.5,
+        P_mean: float = -1.0,  # mean of ln(sigma), sigma = sd tan(t)
+        P_std: float = 1.4,  # its standard deviation
+        warmup: int = 10_000,  # H: steps over which the tangent's second half grows in; r = min(1, k/H)
+        c: float = 0.1,  # normalisation g / (|g| + c)
+        teacher: torch.nn.Module | None = None,  # a denoiser, in eval mode
+        guidance: float | None = None,  # w of classifier-free guidance of the teacher
+        weight: torch.nn.Module | None = None,  # w(t); None: AdaptiveWeight
+    ):
+        super().__init__()
+        self.sigma_data, self.P_mean, self.P_std = sigma_data, P_mean, P_std
+        self.warmup, self.c, self.guidance = warmup, c, guidance
+        self.teacher = teacher.requires_grad_(False) if teacher is not None else None
+        self.weight = weight or AdaptiveWeight()
+
+    def forward(self, model, x, step=0, draws=None, t=None, noise=None, **conditions) -> Output:
+        """x (B, ...) clean data; angles t (B,) in (0, pi/2) and noise (B, ...) ~ N(0, 1) may be given."""
+        draws, sd = draws or Draws.fresh(x), self.sigma_data
+        if t is None:
+            sigma = (self.P_mean + self.P_std * draws.normal((len(x),), x.dtype)).exp()
+            t = torch.atan(sigma / sd)
+        if noise is None:
+            noise = draws.normal(x.shape, x.dtype)
+        cos, sin = like(t.cos(), x), like(t.sin(), x)
+        x_t = cos * x + sin * sd * noise
+        dxdt = cos * sd * noise - sin * x if self.teacher is None else self.teacher_slope(x_t, t, conditions)
+
+        dropout = rng_state(x.device)
+        F = network(model, x_t / sd, t, sd, conditions)
+        with torch.no_grad(), replayed(dropout, x.device):
+            F_fixed, g = self.tangent(model, x_t, t, dxdt, min(1.0, step / max(self.warmup, 1)), conditions)
+        norm = g.reshape(len(g), -1).norm(dim=1)
+        g = g / like(norm + self.c, x)
+
+        w = self.weight(t).to(x.dtype)
+        square = (F - F_fixed - g).square().reshape(len(x), -1).mean(1)
+        loss = w.exp() * square - w
+        return Output(loss.mean(), {"tangent_norm": norm.mean(), "w": w.mean(), "square": square.mean()})
+
+    def teacher_slope(self, x_t: torch.Tensor, t: torch.Tensor, conditions: dict) -> torch.Tensor:
+        """dx/dt = sd F_teacher, from the teacher's denoiser: (cos(t) x_t - D) / sin(t)."""
+        cos, sin = like(t.cos(), x_t), like(t.sin(), x_t)
+        with torch.no_grad():
+            D = guided(self.teacher, x_t / cos, self.sigma_data * t.tan(), self.guidance, conditions)
+        return (cos * x_t - D) / sin
+
+    def tangent(self, model, x_t, t, dxdt, r: float, conditions: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """(F^-, g before normalisation), g = -cos^2(t) (sd F^- - dx/dt) - r cos(t) sin(t) (x_t + sd dF^-/dt).
+
+        cos(t) sin(t) goes into the derivative's direction, so that nothing overflows near t = pi/2 (sec. 4.1).
+        """
+        sd, cos, sin = self.sigma_data, like(t.cos(), x_t), like(t.sin(), x_t)
+        # Attention's fused kernel and compiled code have no forward mode.
+        with plain_attention(), torch.compiler.set_stance("force_eager"):
+            F, cos_sin_dFdt = torch.func.jvp(
+                lambda u, angle: network(model, u, angle, sd, conditions),
+                (x_t / sd, t),
+                (cos * sin * dxdt / sd, t.cos() * t.sin()),
+            )
+        return F, -(cos**2) * (sd * F - dxdt) - r * (cos * sin * x_t + sd * cos_sin_dFdt)
+
+
+def network(model, u: torch.Tensor, t: torch.Tensor, sd: float, conditions: dict) -> torch.Tensor:
+    """F(u, t) of TrigFlow, u = x_t / sd (B, ...), t (B,): the model's raw output, or F told from its denoiser D."""
+    cos, sin = like(t.cos(), u), like(t.sin(), u)
+    x, sigma = u * sd / cos, sd * t.tan()  # the same point in EDM's clock
+    if hasattr(model, "raw"):
+        return model.raw(x, sigma, **conditions).to(u.dtype)
+    return (cos * sd * u - model(x, sigma, **conditions)) / (sin * sd)

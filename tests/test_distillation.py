@@ -1,0 +1,311 @@
+"""CD, PD, sCM, TCM and CMT against the original numbers and their definitions."""
+
+import math
+
+import pytest
+import torch
+from conftest import analytic, golden, relative_error, tiny
+from test_objectives import CT, per_sample
+
+import checkpoint
+import losses
+import networks
+import sampler
+import trainer
+from config import ConfigError
+from draws import Draws
+from objectives.cd import ConsistencyDistillation
+from objectives.cmt import MidTraining
+from objectives.common import like
+from objectives.pd import ProgressiveDistillation
+from objectives.scm import AdaptiveWeight, ContinuousConsistency
+from objectives.tcm import TruncatedConsistency
+from schedules import karras_sigmas
+
+SCM = golden("scm_tangents")
+
+
+def cd(**kw):
+    target = analytic(0.9, "cm")
+    for N in range(2, 400):  # the golden pairs lie on one Karras grid
+        index = N - 2 - CT["indices"]
+        if index.min() >= 0 and torch.allclose(karras_sigmas(N).flip(0)[index + 1], CT["sigma_t"], rtol=1e-9):
+            return ConsistencyDistillation(target, analytic(0.7), losses.l2, N=N, **kw), index
+    raise AssertionError("no Karras grid holds the golden noise levels")
+
+
+def test_cd_matches_the_original():
+    objective, index = cd()
+    loss = per_sample(objective, analytic(1.0, "cm"), CT["x0"], ("index", index), ("noise", CT["noise"]))
+    assert relative_error(loss, CT["cd_heun_loss_uniform_l2"]) < 1e-6
+
+
+def test_cd_euler_is_the_first_half_of_heun():
+    (heun, index), (euler, _) = cd(), cd(solver="euler")
+    grid = karras_sigmas(heun.N).flip(0)
+    high, low = grid[index + 1], grid[index]
+    x_high = CT["x0"] + like(high, CT["x0"]) * CT["noise"]
+    D = analytic(0.7)(x_high, high)
+    expected = x_high + like((low - high) / high, x_high) * (x_high - D)
+    got = euler.lower_point(x_high, high, low, CT["x0"], CT["noise"], {})
+    assert relative_error(got, expected.detach()) < 1e-12
+    assert relative_error(heun.lower_point(x_high, high, low, CT["x0"], CT["noise"], {}), got) > 1e-6
+
+
+def test_cd_guidance_asks_the_teacher_with_and_without_labels():
+    class Teacher(torch.nn.Module):
+        def forward(self, x, sigma, class_labels=None):
+            return torch.full_like(x, 1.0 if class_labels is None else 3.0)
+
+    objective = ConsistencyDistillation(analytic(), Teacher(), losses.l2, solver="euler", guidance=1.5)
+    x, high, low = torch.zeros(2, 1, 4, 4), torch.full((2,), 2.0), torch.full((2,), 1.0)
+    got = objective.lower_point(x, high, low, x, x, {"class_labels": torch.ones(2, 3)})
+    assert torch.allclose(got, (0 - (1 + 1.5 * 2)) / 2 * torch.full_like(x, -1.0))
+
+
+def test_pd_matches_the_original():
+    objective = ProgressiveDistillation(analytic(0.7), 100, weighting="uniform")
+    objective.intervals = lambda step: 18
+    rows = ("index", CT["pd_indices"]), ("noise", CT["noise"])
+    loss = per_sample(objective, analytic(1.0, "cm"), CT["x0"], *rows)
+    assert relative_error(loss, CT["pd_loss_uniform_l2"]) < 1e-6
+
+
+def test_pd_halves_its_grid_and_passes_the_student_on():
+    objective = ProgressiveDistillation(analytic(0.5), total_steps=8, N=8)
+    assert [objective.intervals(k) for k in range(9)] == [8, 8, 4, 4, 2, 2, 1, 1, 1]
+    student = analytic(0.25)
+    objective.after_step(student, step=0)
+    assert objective.teacher.model.a.item() == 0.5
+    objective.after_step(student, step=1)
+    assert objective.teacher.model.a.item() == 0.25
+
+
+class TrigStandIn(torch.nn.Module):
+    """F(u, t) = tanh(u) cos(t) + 0.3 sin(2t) u, behind the interface of a preconditioned network."""
+
+    def raw(self, x, sigma):
+        t = torch.atan(sigma / 0.5)
+        u = x * like(t.cos(), x) / 0.5
+        return torch.tanh(u) * like(t.cos(), x) + 0.3 * like((2 * t).sin(), x) * u
+
+
+class LinearWeight(torch.nn.Module):
+    def forward(self, t):
+        return 0.1 * t
+
+
+@pytest.mark.parametrize("r", [0.0, 0.5, 1.0])
+def test_sct_matches_the_papers_algorithm(r):
+    objective = ContinuousConsistency(warmup=10, weight=LinearWeight())
+    F, g = objective.tangent(TrigStandIn(), SCM["x_t"], SCM["t"], SCM["dxdt"], r, {})
+    assert relative_error(F, SCM["F"]) < 1e-6 and relative_error(g, SCM[f"g_r{r}"]) < 1e-6
+    norm = g.flatten(1).norm(dim=1)
+    assert relative_error(g / like(norm + 0.1, g), SCM[f"g_normalized_r{r}"]) < 1e-6
+    loss = torch.stack(
+        [
+            objective(
+                TrigStandIn(),
+                SCM["x0"][i : i + 1],
+                step=int(10 * r),
+                t=SCM["t"][i : i + 1],
+                noise=SCM["z"][i : i + 1] / 0.5,
+            ).loss
+            for i in range(6)
+        ]
+    )
+    assert relative_error(loss, SCM[f"loss_r{r}"]) < 1e-6
+
+
+def test_scm_warms_up_over_h_steps_and_then_stays():
+    objective = ContinuousConsistency(warmup=10)
+    seen = []
+    objective.tangent = lambda model, x_t, t, dxdt, r, c: (
+        seen.append(r) or (torch.zeros_like(x_t), torch.zeros_like(x_t))
+    )
+    for step in (0, 5, 10, 99):
+        objective(TrigStandIn(), SCM["x0"], step=step, draws=Draws(0, 6))
+    assert seen == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_scd_takes_its_slope_from_the_teacher():
+    """With the ideal denoiser of one point x0 the ODE's slope is the pair's own, so sCD is sCT."""
+    x0 = torch.full((6, 3, 8, 8), 0.3, dtype=torch.float64)
+
+    class Ideal(torch.nn.Module):
+        def forward(self, x, sigma):
+            return torch.full_like(x, 0.3)
+
+    draws = [Draws(1, 6), Draws(1, 6)]
+    sct = ContinuousConsistency(weight=LinearWeight())(TrigStandIn(), x0, step=5000, draws=draws[0])
+    scd = ContinuousConsistency(teacher=Ideal(), weight=LinearWeight())(TrigStandIn(), x0, step=5000, draws=draws[1])
+    assert scd.loss.item() == pytest.approx(sct.loss.item(), rel=1e-9)
+
+
+def test_scm_of_a_denoiser_without_raw_output_is_the_same():
+    model = TrigStandIn()
+
+    def denoiser(x, sigma):
+        t = torch.atan(sigma / 0.5)
+        return like(t.cos() ** 2, x) * x - like(t.sin(), x) * 0.5 * model.raw(x, sigma)
+
+    objective = ContinuousConsistency(weight=LinearWeight())
+    a = objective(model, SCM["x0"], step=10_000, draws=Draws(0, 6)).loss
+    b = objective(denoiser, SCM["x0"], step=10_000, draws=Draws(0, 6)).loss
+    assert b.item() == pytest.approx(a.item(), rel=1e-6)
+
+
+def test_the_learned_weight_starts_at_zero_and_learns():
+    weight = AdaptiveWeight()
+    t = torch.linspace(0.01, 1.5, 20)
+    assert weight(t).abs().max() == 0
+    (weight(t) * torch.linspace(-1, 1, 20)).sum().backward()
+    assert weight.linear.weight.grad.abs().sum() > 0
+
+
+def trigflow_pair():
+    """One network as an EDM denoiser and, its output's sign turned, as a TrigFlow one."""
+    torch.manual_seed(0)
+    net = networks.SongUNet(8, 1, 1, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8])
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    turned = networks.SongUNet(8, 1, 1, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8])
+    turned.load_state_dict(
+        {k: -v if checkpoint.OUTPUT_LAYER.fullmatch(f"model.{k}") else v for k, v in net.state_dict().items()}
+    )
+    pair = networks.Preconditioner(net), networks.Preconditioner(turned, "trigflow")
+    return [model.double().eval().requires_grad_(False) for model in pair]
+
+
+def test_trigflow_is_edm_in_another_clock():
+    edm, trig = trigflow_pair()
+    x, t = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0.01, 0.8, 1.56], dtype=torch.float64)
+    sigma = 0.5 * t.tan()
+    assert relative_error(trig(x, sigma), edm(x, sigma)) < 1e-12
+    x_trig = like(t.cos(), x) * x  # D = cos(t) x_t - sin(t) sd F(x_t / sd), 2410.11081 eq. 3
+    by_hand = like(t.cos(), x) * x_trig - like(t.sin(), x) * 0.5 * trig.raw(x, sigma)
+    assert relative_error(trig(x, sigma), by_hand) < 1e-12
+    assert torch.allclose(networks.Preconditioner(trig.model, "trigflow", "t").noise_label(sigma), t)
+
+
+def test_tcm_takes_targets_below_t_prime_from_the_frozen_stage():
+    class Constant(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.tensor(value))
+
+        def forward(self, x, sigma):
+            return torch.full_like(x, 1.0) * self.value
+
+    student, stage1 = Constant(2.0), Constant(5.0)
+    objective = TruncatedConsistency(stage1, boundary_weight=0.1)
+    x = torch.zeros(1, 4)
+    at = lambda t: objective(student, x, t=torch.tensor([t], dtype=torch.float64)).loss.item()  # noqa: E731
+    gap = lambda t: t * 0.001 * (1 + 8 * torch.sigmoid(torch.tensor(-t)).item())  # noqa: E731
+    assert at(1.0) == pytest.approx(0.1 * math.sqrt(4 * 9) / gap(1.0), rel=1e-6)  # on the boundary: stage 1, weight 0.1
+    assert at(1.0005) == pytest.approx(math.sqrt(4 * 9) / gap(1.0005), rel=1e-6)  # r is below t': stage 1
+    assert at(1.1) == pytest.approx(0, abs=1e-12)  # r is above t': the student itself
+    assert not stage1.value.requires_grad
+
+
+def test_tcm_draws_at_and_above_t_prime():
+    objective = TruncatedConsistency(analytic())
+    t = objective.draw_t(Draws(0, 20_000), 20_000)
+    assert t.min() == 1.0 and t.max() <= 80.0
+    assert (t == 1.0).double().mean().item() == pytest.approx(0.25, abs=0.01)
+    from scipy.stats import t as student
+
+    law = student(df=0.01, scale=0.2)
+    expected = [(law.cdf(math.log(b)) - law.cdf(0)) / (law.cdf(math.log(80)) - law.cdf(0)) for b in (1.5, 5, 30)]
+    drawn = t[t > 1.0]
+    assert [(drawn <= b).double().mean().item() for b in (1.5, 5, 30)] == pytest.approx(expected, abs=0.012)
+
+
+def test_cmt_maps_every_point_of_a_trajectory_onto_its_own_end():
+    teacher = analytic(0.7)
+    x, noise = CT["x0"].repeat(2, 1, 1, 1)[:8], torch.randn(8, 3, 8, 8, dtype=torch.float64)
+    seen = {}
+    objective = MidTraining(teacher, lambda a, b: seen.update(target=b) or losses.l2(a, b), steps=4)
+
+    def student(points, sigma):
+        seen.update(points=points.detach(), sigma=sigma)
+        return points
+
+    objective(student, x, noise=noise)
+    assert seen["sigma"].tolist() == pytest.approx(
+        sorted(torch.logspace(math.log10(80), math.log10(0.002), 5)[:4].tolist() * 2, reverse=True), rel=1e-5
+    )
+    for i, row in enumerate((0, 4)):  # a trajectory starts from every fourth image
+        start = x[row : row + 1] + 80 * noise[row : row + 1]
+        points, _, end = sampler.dpm_solver_trajectory(teacher, start, 4)
+        assert torch.allclose(seen["points"][i::2], points.flatten(0, 1)) and torch.allclose(
+            seen["target"][i::2], end.expand(4, -1, -1, -1)
+        )
+    assert not torch.allclose(seen["target"][0], seen["target"][1])
+
+
+def test_dpm_solver_converges_to_the_ode():
+    """For data N(0, 0.6^2) the ODE is known: x scales with sqrt(0.36 + sigma^2)."""
+    denoiser = lambda x, s: 0.36 * x / (0.36 + like(s, x) ** 2)  # noqa: E731
+    start = 80 * torch.randn(4, 3, dtype=torch.float64)
+    exact = start * math.sqrt((0.36 + 0.002**2) / (0.36 + 80**2))
+    errors = [relative_error(sampler.dpm_solver_trajectory(denoiser, start, n)[2], exact) for n in (16, 32, 64)]
+    assert errors[0] < 0.1 and errors[1] < errors[0] / 3 and errors[2] < errors[1] / 3  # second order
+
+
+OBJECTIVES = {
+    "cd": {"name": "cd", "N": 6},
+    "scd": {"name": "scd", "warmup": 4},
+    "tcm": {"name": "tcm"},
+    "cmt": {"name": "cmt", "steps": 4},
+    "pd": {"name": "pd", "N": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    trainer.train(tiny(folder / "edm", objective={"name": "edm"}, data={"conditional": True}))
+    return str(folder / "edm" / "checkpoints" / "last.ckpt")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_distillation_runs_from_a_teacher_and_resumes_bit_for_bit(name, teachers, tmp_path):
+    precond = {"precond": "trigflow"} if name == "scd" else {}
+    settings = {
+        "objective": {**OBJECTIVES[name], "teacher": teachers},
+        "network": precond,
+        "data": {"conditional": True},
+    }
+    run = trainer.Trainer(tiny(tmp_path / "start", **settings))
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0])
+    teacher = checkpoint.load_model(teachers)
+    assert torch.allclose(run.model.eval()(x, sigma), teacher(x, sigma), atol=1e-6)  # the student starts as the teacher
+    trainer.train(tiny(tmp_path / "a", **settings))
+    trainer.train(
+        tiny(tmp_path / "b", **settings, train={"steps": 6}) if name != "pd" else tiny(tmp_path / "b", **settings)
+    )
+    for part in ("a", "b"):
+        state = checkpoint.load(tmp_path / part / "checkpoints" / "last.ckpt")
+        assert all(torch.isfinite(v).all() for v in state["model"].values())
+        own = {k: v for k, v in state["objective"].items() if k.startswith(("teacher.", "stage1."))}
+        assert own, "the teacher travels with the checkpoint"
+
+
+@pytest.mark.parametrize("name", ["sct", "trigflow"])
+def test_trigflow_objectives_train_from_scratch(name, tmp_path):
+    objective = {"name": "sct", "warmup": 4} if name == "sct" else {"name": name}
+    trainer.train(tiny(tmp_path, objective=objective, network={"precond": "trigflow", "c_noise": "t"}))
+    state = checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+    if name == "sct":
+        assert state["objective"]["weight.linear.weight"].abs().sum() > 0  # the weighting is trained too
+
+
+def test_a_teacher_of_another_kind_is_named(teachers, tmp_path):
+    settings = {"objective": {"name": "cd", "teacher": teachers}}
+    with pytest.raises(ConfigError, match=r"another network: model\.map_label\.bias has no place"):
+        trainer.Trainer(tiny(tmp_path, **settings))
+    with pytest.raises(ConfigError, match="no such checkpoint"):
+        trainer.Trainer(tiny(tmp_path, objective={"name": "cd", "teacher": "nowhere.ckpt"}))
