@@ -2,12 +2,16 @@
 
 A checkpoint is torch.save's zip of tensors and plain containers. It is read with weights_only=True, so a file can never
 run code, and only after every member's CRC-32 has been checked, so a damaged file is never half loaded.
+
+    python checkpoint.py import SRC DST [--arch FILE.json]
+    python checkpoint.py export CKPT DIR --to diffusers|safetensors|onnx
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import torch
 
 import networks
-from config import Config, ConfigError, parse
+from config import Arguments, Config, ConfigError, parse
 
 FORMAT = 1
 OUTPUT_LAYER = re.compile(r"model\.(dec\.\d+x\d+_aux_conv|out_conv)\.(weight|bias)")
@@ -156,3 +160,37 @@ def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | 
             there, here = list(weights[name].shape), list(own[name].shape)
             raise CheckpointError(f"{path}: is of another network: {name} is {there} there and {here} here")
     model.load_state_dict(weights)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Other people's formats, both ways (see formats.py). Exit code: 0 when done, 2 for bad input."""
+    import formats
+
+    parser = Arguments(description="Read and write other people's checkpoints.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", help="make a checkpoint of an EDM pickle, an OpenAI .pt or a safetensors file")
+    add.add_argument("source", metavar="SRC", help="the file to read; nothing in it is run")
+    add.add_argument("target", metavar="DST", help="the checkpoint to write; its settings go to DST.yml")
+    add.add_argument("--arch", metavar="FILE.json", help="for OpenAI's files: image_size, num_head_channels, dropout")
+    add = commands.add_parser("export", help="write a checkpoint's EMA weights for other programs")
+    add.add_argument("source", metavar="CKPT", help="a checkpoint of this project")
+    add.add_argument("target", metavar="DIR", help="a new folder")
+    add.add_argument("--to", required=True, choices=tuple(formats.EXPORTS), help="what to write")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "import":
+            lines = formats.import_checkpoint(args.source, args.target, args.arch)
+        else:
+            lines = formats.export_checkpoint(args.source, args.target, args.to)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename or args.target}: cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

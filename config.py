@@ -103,6 +103,8 @@ class Network(Section):
     """Dropout inside residual blocks; both passes of a step share the mask."""
     label_dropout: Share = 0.0
     """Share of labels dropped in training, for classifier-free guidance."""
+    pixel_norm: bool = False
+    """Normalise AdaGN's scale and shift over channels, for sCM (2410.11081 sec. 4.1); needs scale_shift_norm."""
 
 
 class SongUNet(Network):
@@ -405,6 +407,9 @@ class Config(Section):
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
+DEFAULT_NAMES = {"network": "song_unet", "objective": "ect"}
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-4 as a number (YAML 1.1 reads a string) and refuses a key given twice."""
 
@@ -438,7 +443,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
 
 def parse(raw: dict[str, Any], place=lambda key: "config") -> Config:
     """A checked config from nested dictionaries; `place(key)` says in messages where a key was set."""
-    for section, name in (("network", "song_unet"), ("objective", "ect")):
+    for section, name in DEFAULT_NAMES.items():
         if isinstance(raw.get(section), dict):
             raw = {**raw, section: {"name": name, **raw[section]}}
     if isinstance(raw.get("ema"), dict) and raw["ema"].get("half_life_kimg") is not None:
@@ -502,11 +507,15 @@ def _apply(raw: dict[str, Any], override: str, where: dict[str, str]) -> None:
 
 
 def _change_name(section: str, content: dict[str, Any], name: Any) -> None:
-    """Another objective or network from the command line keeps only the file's settings that it knows."""
-    kind = next((k for k in _kinds(section) if name in get_args(k.model_fields["name"].annotation)), None)
-    old = next((k for k in _kinds(section) if content.get("name") in get_args(k.model_fields["name"].annotation)), None)
-    if kind and old and kind is not old:
-        for key in [k for k in content if k in old.model_fields and k not in kind.model_fields]:
+    """Another name from the command line: an objective starts from its own defaults (a P_mean for ECT is none for EDM),
+    a network keeps the settings that both kinds know."""
+    old, new = (
+        next((k for k in _kinds(section) if n in get_args(k.model_fields["name"].annotation)), None)
+        for n in (content.get("name", DEFAULT_NAMES[section]), name)
+    )
+    if old and new and old is not new:
+        kept = set(new.model_fields) if section == "network" else {"teacher"} & set(new.model_fields)
+        for key in [k for k in content if k in old.model_fields and k not in kept]:
             del content[key]
 
 
@@ -611,6 +620,7 @@ def _check_together(cfg: Config, place) -> None:
             "train.microbatch",
             f"must divide train.batch_size ({t.batch_size})",
         ),
+        (n.pixel_norm and not n.scale_shift_norm, "network.pixel_norm", "normalises AdaGN; set scale_shift_norm: true"),
         (t.lr_warmup >= t.steps, "train.lr_warmup", f"must be below train.steps ({t.steps})"),
         (
             o.name in ("edm", "trigflow") and n.precond == "cm",

@@ -1,26 +1,45 @@
-"""Sample from a checkpoint's EMA weights and score: python generate.py --cfg config.yml --ckpt FILE [--calc_fid]"""
+"""Sample from a checkpoint's EMA weights and score: python generate.py --cfg config.yml --ckpt FILE [--calc_fid]
+
+Samples of a seed are the same whatever the batch, the number of processes (torchrun) and the stops on the way.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import re
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import config
 from config import Config, ConfigError
+
+if TYPE_CHECKING:  # torch is imported after the arguments and the config are known to be right
+    import torch
+
+    from data import Dataset
+
+SHARD = 1000  # samples written at a time: a folder of PNG files or an npz
+GRID = 400  # most samples in a grid
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 when done, 2 for bad input, 1 where a score could not be had."""
     args = arguments().parse_intermixed_args(argv)
     try:
+        check(args)
         return run(args, config.load(args.cfg, args.overrides))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped; the same command with --out FOLDER goes on with samples kept as png or npz", file=sys.stderr)
         return 130
 
 
@@ -28,26 +47,54 @@ def arguments() -> config.Arguments:
     parser = config.Arguments(description="Sample from a checkpoint and score.", allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="settings of the run: its own config.yml")
-    add("--ckpt", required=True, metavar="FILE", help="checkpoint, as runs/NAME/checkpoints/last.ckpt")
-    add("--num", type=count, metavar="N", help="samples [64; metrics.num with --calc_fid]")
+    add("--ckpt", metavar="FILE", help="checkpoint, as runs/NAME/checkpoints/last.ckpt")
+    add("--samples", metavar="PATH", help="instead of --ckpt: images made elsewhere, a folder or an npz")
+    add("--num", type=count, metavar="N", help="samples [64; metrics.num with --calc_fid; up to 5,000 to search]")
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument("--steps", type=count, metavar="S", help="evaluations of the network a sample [1]")
     levels.add_argument("--sigmas", type=numbers, metavar="80,0.8", help="the noise levels of the evaluations instead")
+    levels.add_argument("--search-sigmas", type=several, metavar="S", help="find the best levels for --steps 2 to S")
+    levels.add_argument("--sweep", type=counts, metavar="1,2,4", help="score with each of these --steps, and plot")
     add("--batch", type=count, default=256, metavar="B", help="samples drawn at a time [256]; changes no sample")
     add("--seed", type=natural, default=0, metavar="K", help="sample i of seed K is always the same [0]")
     add("--class", type=natural, dest="class_index", metavar="C", help="draw this class only")
     add("--ema", type=natural, default=0, metavar="I", help="which of several averages, counted from 0 [0]")
-    add("--out", metavar="DIR", help="folder for the images [a new one in the run folder]")
-    add("--format", choices=("png", "npz", "grid"), default="grid", help="single images, one array, one picture [grid]")
+    add("--out", metavar="DIR", help="folder for the images [a new one in the run folder]; a stopped run's goes on")
+    add("--format", choices=("png", "npz", "grid"), help="single images, arrays, one picture [grid; npz over 400]")
     add("--calc_fid", type=yes, nargs="?", const=True, default=False, help="score against the training set")
+    add("--nearest", action="store_true", help="draw samples beside their nearest training images, and count copies")
     add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if (args.ckpt is None) == (args.samples is None):
+        raise ConfigError("--ckpt: give a checkpoint to sample from, or --samples with images made elsewhere")
+    if args.samples is None:
+        return
+    if not (args.calc_fid or args.nearest):
+        raise ConfigError("--samples: say what to do with them: --calc_fid, --nearest or both")
+    for name in ("num", "steps", "sigmas", "search_sigmas", "sweep", "class_index", "format"):
+        if getattr(args, name) is not None:
+            option = "--class" if name == "class_index" else "--" + name.replace("_", "-")
+            raise ConfigError(f"{option}: is for sampling from a checkpoint; --samples takes the images that are there")
 
 
 def count(text: str) -> int:
     if (value := int(text)) < 1:
         raise ValueError
     return value
+
+
+def several(text: str) -> int:
+    if (value := int(text)) < 2:
+        raise ValueError
+    return value
+
+
+def counts(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
 
 
 def natural(text: str) -> int:
@@ -67,32 +114,190 @@ def yes(text: str) -> bool:
 
 
 def run(args: argparse.Namespace, cfg: Config) -> int:
-    import torch  # after the arguments and the config are known to be right: a typo is answered at once
+    import torch.distributed as dist
 
+    import devices
+    import metrics
+
+    devices.start_ranks()
+    device = devices.pick_device(cfg.run.device)
+    try:
+        return judge_given(args, cfg, device) if args.samples else run_checkpoint(args, cfg, device)
+    except metrics.ScoreError as error:
+        print(f"no score: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) -> int:
+    """What the command asks for, with samples of a checkpoint."""
     import checkpoint
-    import data
-    import sampler
-    from devices import pick_device
+    import search
+    from devices import place
 
-    device = pick_device(cfg.run.device)
     state = checkpoint.load(args.ckpt)
     check_network(cfg, checkpoint.config_of(state, args.ckpt), args.ckpt)
     model = checkpoint.model_from(state, args.ckpt, args.ema).to(device)
-    sigmas, solver = chosen_levels(args, cfg)
-    num = args.num or (cfg.metrics.num if args.calc_fid else 64)
-    labels = chosen_labels(args, num, model)
-    dataset = reference(cfg, model) if args.calc_fid else None  # before the sampling: what is missing is said at once
-    out = new_folder(args, cfg)
+    rank, searching = place()[0], bool(args.search_sigmas or args.sweep)
+    if rank > 0 and searching:
+        return 0
+    num = args.num or (min(cfg.metrics.num, 5000) if args.search_sigmas else 0)
+    num = num or (cfg.metrics.num if args.calc_fid or args.sweep else 64)
+    sigmas, solver = chosen_levels(args, cfg, args.steps or 1)
+    drawing = Drawing(model, args.seed, num, sigmas, solver, chosen_labels(args, num, model), args.batch)
+    dataset = None
+    if rank == 0 and (args.calc_fid or args.nearest or searching):  # before the sampling: what is missing is said now
+        dataset = training_set(args, cfg, (model.img_channels, model.img_resolution))
+    if args.search_sigmas:
+        search.search(drawing, args.search_sigmas, cfg, dataset, device, search.store(args.ckpt), state["step"])
+        return 0
+    if args.sweep:
+        plans = {steps: chosen_levels(args, cfg, steps) for steps in args.sweep}
+        search.sweep(drawing, plans, cfg, dataset, device, new_folder(args, cfg) / "sweep.png")
+        return 0
+    images, out = keep(drawing, args, cfg)
+    if rank == 0:
+        print(f"{num:,} samples, {drawing.nfe} evaluations each, seed {args.seed}: {drawing.speed()} on {device}")
+        print(f"written: {out}")
+        judge(args, cfg, device, images, dataset, out, f"score at {drawing.nfe} NFE")
+    return 0
 
-    started, parts = time.perf_counter(), []
-    for x in sampler.generate(model, args.seed, range(num), sigmas, solver, labels, args.batch):
-        parts.append(data.to_uint8(x).cpu())
-    seconds = time.perf_counter() - started
-    images = torch.cat(parts)
-    nfe = 2 * len(sigmas) - 1 if solver == "heun" else len(sigmas)
-    print(f"{num:,} samples, {nfe} evaluations each, seed {args.seed}: {num / seconds:,.0f} images/s on {device}")
-    print(f"written: {write(images, labels, out, args.format, model.label_dim)}")
-    return score(images, dataset, cfg, device, nfe) if args.calc_fid else 0
+
+def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> int:
+    """Score images made elsewhere, by the same code."""
+    dataset = training_set(args, cfg)
+    images = read_images(Path(args.samples), cfg, dataset.channels if dataset else None)
+    out = new_folder(args, cfg) if args.nearest else None
+    judge(args, cfg, device, images, dataset, out, "score")
+    return 0
+
+
+def judge(args, cfg: Config, device, images, dataset: Dataset | None, out: Path | None, title: str) -> None:
+    """Print the scores and the copies among `images`, as the command asks."""
+    import metrics
+
+    if args.calc_fid:
+        scores = metrics.score(images, dataset, cfg.metrics, cfg.data.dir, device)
+        print(f"{title}: {metrics.describe(scores, cfg.metrics, len(images))}")
+    if args.nearest:
+        show_nearest(images, dataset, device, out / "nearest.png")
+
+
+def show_nearest(images, dataset: Dataset, device: torch.device, path: Path, shown: int = 64) -> None:
+    """Draw the samples that are nearest to a training image beside the five nearest, and say how many are copies."""
+    import torch
+
+    import metrics
+    import pictures
+
+    metrics.check_samples(images, dataset)
+    distances, indices = metrics.nearest(images, dataset, 5, device)
+    limit = metrics.copy_threshold(dataset, device)
+    copies = distances[:, 0] <= limit
+    order = distances[:, 0].argsort(stable=True)[:shown]
+    neighbours = torch.stack([metrics.fetch(dataset, column) for column in indices[order].unbind(1)], 1)
+    pictures.write_png(pictures.beside(metrics.fetch(images, order), neighbours, copies[order]), path)
+    print(
+        f"copies: {int(copies.sum()):,} of {len(images):,} samples ({float(copies.float().mean()):.1%}) are within "
+        f"{limit:.4g} of a training image (root mean square difference of pixels in [0, 1]); 1% of the training images "
+        f"are that near to another, so about 1% of new images would be by chance; the median is "
+        f"{float(distances[:, 0].median()):.4g}"
+    )
+    print(f"written: {path} (the nearest first; copies framed)")
+
+
+# What is sampled ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Drawing:
+    """All that decides a command's samples, and how fast they were drawn."""
+
+    model: Any  # networks.Preconditioner
+    seed: int
+    num: int
+    sigmas: list[float]
+    solver: str
+    labels: torch.Tensor | None  # int64 (num,)
+    batch: int
+    drawn: int = 0
+    seconds: float = 0.0
+
+    def draw(self, start: int, stop: int) -> torch.Tensor:
+        """Samples start..stop, uint8 (N, C, H, W) on the CPU."""
+        import torch
+
+        import data
+        import sampler
+
+        started = time.perf_counter()
+        labels = None if self.labels is None else self.labels[start:stop]
+        indices = range(start, stop)
+        batches = sampler.generate(self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch)
+        images = torch.cat([data.to_uint8(x).cpu() for x in batches])
+        self.drawn, self.seconds = self.drawn + len(images), self.seconds + time.perf_counter() - started
+        return images
+
+    def stream(self) -> Stream:
+        """All samples, drawn when they are read."""
+        starts = range(0, self.num, self.batch)
+        sizes = [min(self.batch, self.num - start) for start in starts]
+        return Stream(lambda piece: self.draw(starts[piece], starts[piece] + sizes[piece]), sizes)
+
+    @property
+    def nfe(self) -> int:
+        return 2 * len(self.sigmas) - 1 if self.solver == "heun" else len(self.sigmas)
+
+    def speed(self) -> str:
+        return f"{self.drawn / self.seconds:,.0f} images/s" if self.drawn else "all were there already"
+
+    def manifest(self, format: str) -> dict[str, Any]:
+        """What tells these samples, kept in this format, from others."""
+        digest = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        labels = None if self.labels is None else hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()[:16]
+        return {
+            "weights": digest.hexdigest()[:16],
+            "seed": self.seed,
+            "num": self.num,
+            "sigmas": self.sigmas,
+            "solver": self.solver,
+            "labels": labels,
+            "format": format,
+        }
+
+
+class Stream:
+    """Images read piece by piece; one piece is in memory at a time. What metrics.py reads."""
+
+    def __init__(self, read: Callable[[int], torch.Tensor], sizes: list[int]):
+        """`read(i)` gives piece i, uint8 (sizes[i], C, H, W)."""
+        import torch
+
+        self.read, self.ends = read, torch.tensor(sizes).cumsum(0)
+        self.held: tuple[int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W) for int64 (B,) indices, in any order."""
+        import torch
+
+        order = indices.argsort(stable=True)  # each piece is read once
+        pieces = torch.bucketize(indices[order], self.ends, right=True)
+        rows = indices[order] - torch.cat([self.ends.new_zeros(1), self.ends])[pieces]
+        parts = [self.piece(i)[rows[pieces == i]] for i in pieces.unique().tolist()]
+        return torch.cat(parts)[order.argsort()]
+
+    def piece(self, i: int) -> torch.Tensor:
+        if self.held is None or self.held[0] != i:
+            self.held = None  # before the next is read: never two
+            self.held = (i, self.read(i))
+        return self.held[1]
 
 
 def check_network(cfg: Config, trained: Config, path: str) -> None:
@@ -102,20 +307,26 @@ def check_network(cfg: Config, trained: Config, path: str) -> None:
         raise ConfigError(f"{path}: was trained with another network: {different}; use the config.yml beside it")
 
 
-def chosen_levels(args: argparse.Namespace, cfg: Config) -> tuple[list[float], str]:
-    """(noise levels, solver) from the command line and the config."""
+def chosen_levels(args: argparse.Namespace, cfg: Config, steps: int) -> tuple[list[float], str]:
+    """(noise levels, solver): --sigmas, or else what --search-sigmas found, or else the config's."""
     import sampler
+    import search
+    from devices import place
 
-    if args.sigmas is None:
-        return sampler.plan(cfg, args.steps or 1)
+    planned, solver = sampler.plan(cfg, steps)
     top = cfg.network.sigma_max
+    if args.sigmas is None:
+        found = search.found(search.store(args.ckpt), steps, top) if solver != "heun" and steps > 1 else None
+        if found and place()[0] == 0:
+            print(f"{steps} steps: levels {found['sigmas']} of {search.store(args.ckpt)} ({search.describe(found)})")
+        return (found["sigmas"] if found else planned), solver
     if any(a <= b for a, b in zip(args.sigmas, args.sigmas[1:], strict=False)) or min(args.sigmas) <= 0:
         raise ConfigError(f"--sigmas: {args.sigmas} must descend and be above 0")
     if max(args.sigmas) > top:
         raise ConfigError(
             f"--sigmas: {max(args.sigmas)} is above network.sigma_max ({top}), which the network never saw"
         )
-    return args.sigmas, "multistep"
+    return args.sigmas, "multistep" if solver == "heun" else solver
 
 
 def chosen_labels(args, num: int, model):
@@ -133,15 +344,87 @@ def chosen_labels(args, num: int, model):
     return torch.full((num,), args.class_index)
 
 
-def reference(cfg: Config, model):
-    """The training set, to score against."""
+def training_set(args, cfg: Config, need: tuple[int, int] | None = None) -> Dataset | None:
+    """The training set to compare with; None where metrics.reference holds all that is asked for.
+
+    need: (channels, resolution) of the samples. Raises ConfigError where the set has others.
+    """
     import data
 
+    if cfg.metrics.reference is not None and not args.nearest:
+        return None
     dataset = data.load(cfg.data)
-    have, need = (dataset.channels, dataset.resolution), (model.img_channels, model.img_resolution)
-    if have != need:
+    have = (dataset.channels, dataset.resolution)
+    if need is not None and have != need:
         raise ConfigError(f"data: is {have[0]}x{have[1]}x{have[1]} and the checkpoint's {need[0]}x{need[1]}x{need[1]}")
     return dataset
+
+
+# Samples on disk ------------------------------------------------------------------------------------------------------
+
+
+def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config):
+    """Draw the samples and write them as the command asks; (the images, their folder). Every rank takes its share."""
+    import torch
+    import torch.distributed as dist
+
+    import pictures
+    from devices import place
+    from metrics import fetch
+
+    rank, world = place()
+    format = args.format or ("npz" if args.calc_fid or drawing.num > GRID else "grid")
+    out, missing = agreed(lambda: start_folder(drawing, args, cfg, format))
+    for start in missing[rank::world]:
+        stop = min(start + SHARD, drawing.num)
+        labels = None if drawing.labels is None else drawing.labels[start:stop]
+        write_shard(drawing.draw(start, stop), labels, start, shard_path(out, start, format))
+        if rank == 0 and drawing.num > SHARD:
+            print(f"samples to {stop:,} of {drawing.num:,}  {drawing.speed()}", flush=True)
+    if world > 1:
+        dist.barrier()
+    if rank > 0:
+        return None, out
+    if format != "grid":
+        images = read_images(out, cfg, drawing.model.img_channels)
+    else:
+        images = drawing.draw(0, drawing.num) if drawing.num <= GRID else drawing.stream()
+    pictures.write_png(pictures.grid(fetch(images, torch.arange(min(drawing.num, GRID)))), out / "grid.png")
+    return images, out
+
+
+def agreed(make: Callable[[], Any]) -> Any:
+    """What make() gives on rank 0, on every rank."""
+    import torch.distributed as dist
+
+    from devices import place
+
+    rank, world = place()
+    box = [make() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def start_folder(drawing: Drawing, args: argparse.Namespace, cfg: Config, format: str) -> tuple[Path, list[int]]:
+    """The folder for the samples, and the first index of every shard that it lacks."""
+    from checkpoint import write_atomically
+
+    if format == "grid":
+        return new_folder(args, cfg), []
+    manifest, out = drawing.manifest(format), Path(args.out or "")
+    if args.out and (out / "manifest.json").exists():
+        there = read_manifest(out)
+        for name, value in manifest.items():
+            if there.get(name) != value:
+                raise ConfigError(
+                    f"--out: {out} holds samples of another command: {name} is {there.get(name)!r} there and {value!r} "
+                    "here; name another folder"
+                )
+    else:
+        out = new_folder(args, cfg)
+        write_atomically(out / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    return out, missing_shards(out, manifest)
 
 
 def new_folder(args: argparse.Namespace, cfg: Config) -> Path:
@@ -161,38 +444,88 @@ def new_folder(args: argparse.Namespace, cfg: Config) -> Path:
     return out
 
 
-def write(images, labels, out: Path, format: str, classes: int) -> Path:
-    """Write uint8 images (N, C, H, W) in the format asked for; the path written."""
+def shard_path(out: Path, start: int, format: str) -> Path:
+    return out / "samples" / (f"{start:06d}.npz" if format == "npz" else f"{start:06d}")
+
+
+def missing_shards(out: Path, manifest: dict[str, Any]) -> list[int]:
+    starts = range(0, manifest["num"], SHARD)
+    return [start for start in starts if not shard_path(out, start, manifest["format"]).exists()]
+
+
+def write_shard(images: torch.Tensor, labels: torch.Tensor | None, start: int, path: Path) -> None:
+    """Write uint8 images (N, C, H, W) as an npz or a folder of PNG files, whole or not at all."""
     import numpy as np
 
     import pictures
     from checkpoint import write_atomically
 
-    if format == "png":
-        for i, image in enumerate(images):
-            pictures.write_png(image, out / f"{i:06d}.png")
-        return out
-    if format == "npz":
+    if path.suffix == ".npz":
         arrays = {"images": images.permute(0, 2, 3, 1).numpy()}
         if labels is not None:
             arrays["labels"] = labels.numpy()
-        write_atomically(out / "samples.npz", lambda file: np.savez_compressed(file, **arrays))
-        return out / "samples.npz"
-    pictures.write_png(pictures.grid(images[:400]), out / "grid.png")
-    return out / "grid.png"
+        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+        return
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+    part.mkdir(parents=True)
+    for i, image in enumerate(images, start):
+        pictures.to_pil(image).save(part / f"{i:06d}.png")
+    part.rename(path)
 
 
-def score(images, dataset, cfg: Config, device, nfe: int) -> int:
-    """Print the scores; where one cannot be had, say why: the samples are on disk already."""
-    import metrics
+def read_manifest(out: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((out / "manifest.json").read_text())
+        missing_shards(out, manifest)
+        return manifest
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ConfigError(f"{out / 'manifest.json'}: cannot be read; name another folder") from None
+
+
+def read_images(path: Path, cfg: Config, channels: int | None):
+    """Images of a folder that generate.py made, another folder of images or npz files, or one npz; read piece by piece.
+
+    channels: to bring them to (grey images are often saved as RGB). Raises ConfigError.
+    """
+    import data
+
+    if (path / "manifest.json").exists():
+        manifest = read_manifest(path)
+        if missing := missing_shards(path, manifest):
+            lack = f"{len(missing) * SHARD:,} of its {manifest['num']:,} samples"
+            raise ConfigError(f"{path}: lacks up to {lack}: finish it first, by the same command with --out {path}")
+        path = path / "samples"
+    arrays = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+    if path.suffix == ".npz" or (path.is_dir() and arrays):
+        sizes = [len(read_npz(file, channels)) for file in arrays]
+        return Stream(lambda piece: read_npz(arrays[piece], channels), sizes)
+    section = {"name": "folder", "path": str(path), "resolution": None, "channels": channels, "on_broken": "fail"}
+    try:
+        return data.folder(cfg.data.model_copy(update={**section, "memory_gb": 0.0}))
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"^data\.\w+", "--samples", str(error))) from None
+
+
+def read_npz(path: Path, channels: int | None) -> torch.Tensor:
+    """uint8 (N, C, H, W) of the array `images` (or arr_0), NHWC or NCHW, in an npz."""
+    import numpy as np
+    import torch
+
+    import data
 
     try:
-        scores = metrics.score(images, dataset, cfg.metrics, cfg.data.dir, device)
-    except metrics.ScoreError as error:
-        print(f"no score: {error}", file=sys.stderr)
-        return 1
-    print(f"score at {nfe} NFE: {metrics.describe(scores, cfg.metrics, len(images))}")
-    return 0
+        with np.load(path, allow_pickle=False) as arrays:
+            images = arrays["images" if "images" in arrays else "arr_0"]
+    except Exception as error:  # a damaged file can raise anything
+        raise ConfigError(f"--samples: {path} cannot be read as an npz of images ({error})".split("\n")[0]) from None
+    if images.dtype != np.uint8 or images.ndim != 4 or not {images.shape[1], images.shape[3]} & {1, 3}:
+        raise ConfigError(
+            f"--samples: images in {path} are {images.dtype} {images.shape}: give uint8 (N, H, W, 1 or 3)"
+        )
+    if images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    return data.fit_channels(torch.from_numpy(images), channels)
 
 
 if __name__ == "__main__":

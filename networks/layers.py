@@ -154,6 +154,12 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
+def unit_rms(x: Tensor, eps: float = 1e-4) -> Tensor:
+    """x (B, C, ...) divided by its root mean square over channels (pixel norm, 1710.10196 sec. 4.2)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * (wide.square().mean(1, keepdim=True) + eps).rsqrt().to(x.dtype)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q^T k / sqrt(c)) over the keys, times v; all (B, heads, c, length)."""
     # On CPUs the fused kernel is the slower one until the weights' length^2 elements no longer fit the caches.
@@ -170,6 +176,7 @@ class UNetBlock(nn.Module):
     x: (B, in_channels, H, W); emb: (B, emb_channels). Returns (B, out_channels, H', W'), H' as `resample` says
     ("up", "down" or None). scale_shift_norm: the embedding scales and shifts the second norm's output
     (ADM's AdaGN) instead of being added before it. skip_scale multiplies every residual sum.
+    pixel_norm: scale and shift are normalised over channels (sCM, 2410.11081 sec. 4.1).
     """
 
     def __init__(
@@ -189,12 +196,14 @@ class UNetBlock(nn.Module):
         dropout: float = 0.0,
         skip_scale: float = 1.0,
         scale_shift_norm: bool = False,
+        pixel_norm: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
         self.skip_scale = skip_scale
         self.scale_shift_norm = scale_shift_norm
+        self.pixel_norm = pixel_norm
 
         def conv(cin: int, cout: int, kernel: int, scale: float = 1.0) -> nn.Module:
             return initialised(nn.Conv2d(cin, cout, kernel, padding=kernel // 2), init, scale)
@@ -227,6 +236,8 @@ class UNetBlock(nn.Module):
         params = self.affine(emb)[:, :, None, None].to(h.dtype)
         if self.scale_shift_norm:
             scale, shift = params.chunk(2, dim=1)
+            if self.pixel_norm:
+                scale, shift = unit_rms(scale), unit_rms(shift)
             h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
             h = F.silu(self.norm1(h.add_(params)))

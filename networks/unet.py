@@ -67,6 +67,7 @@ class SongUNet(nn.Module):
         resample_filter: Sequence[float] = (1, 1),  # (1, 1) (DDPM++) or (1, 3, 3, 1) (NCSN++)
         fourier_scale: float = 16.0,  # std of the Fourier frequencies: 16 (EDM), 0.02 (iCT, 2310.14189)
         scale_shift_norm: bool = False,  # the embedding scales and shifts (AdaGN) instead of being added
+        pixel_norm: bool = False,  # normalise that scale and shift over channels (sCM)
     ) -> None:
         super().__init__()
         for name, value, known in (
@@ -106,6 +107,7 @@ class SongUNet(nn.Module):
                 dropout=dropout,
                 skip_scale=math.sqrt(0.5),
                 scale_shift_norm=scale_shift_norm,
+                pixel_norm=pixel_norm,
             )
 
         if embedding_type == "positional":
@@ -234,6 +236,7 @@ class DhariwalUNet(nn.Module):
         dropout: float = 0.10,
         label_dropout: float = 0.0,  # chance of training on the null label
         scale_shift_norm: bool = True,  # the embedding scales and shifts (AdaGN) instead of being added
+        pixel_norm: bool = False,  # normalise that scale and shift over channels (sCM)
     ) -> None:
         super().__init__()
         self.img_resolution = img_resolution
@@ -259,6 +262,7 @@ class DhariwalUNet(nn.Module):
                 resample=resample,
                 dropout=dropout,
                 scale_shift_norm=scale_shift_norm,
+                pixel_norm=pixel_norm,
             )
 
         self.map_noise = PositionalEmbedding(model_channels)

@@ -63,9 +63,9 @@ def test_dump_reads_back(tmp_path):
         ("train:\n  steps: true", "c.yml:2: train.steps: input should be a valid integer, found True"),
         ("train:\n  batch_size: 0", "c.yml:2: train.batch_size: input should be greater than or equal to 1, found 0"),
         ("train:\n  lr: .nan", "c.yml:2: train.lr: input should be a finite number, found nan"),
-        ("objective:\n  name: itc", "c.yml:2: objective.name: there is no 'itc'; did you mean ict?"),
+        ("objective:\n  name: icct", "c.yml:2: objective.name: there is no 'icct'; did you mean ict?"),
         ("objective:\n  name: ict\n  q: 2", "c.yml:3: objective.q: there is no such setting for this objective.name"),
-        ("network:\n  precond: emd", "c.yml:2: network.precond: 'emd' is not one of 'edm' or 'cm'; did you mean edm?"),
+        ("network:\n  precond: emd", "c.yml:2: network.precond: 'emd' is not one of 'edm', 'cm' or 'trigflow'; did you mean edm?"),
         ("train: 3", "c.yml:1: train: expected keys and values below it, found 3"),
         ("- 1", "c.yml: expected sections"),
         ("train: {steps: 1", "c.yml:1: not valid YAML"),
@@ -90,8 +90,11 @@ def test_overrides(tmp_path):
     (tmp_path / "c.yml").write_text("train: {lr: 1e-4}\nobjective: {name: ect, q: 4.0, P_mean: -0.5}")
     cfg = config.load(tmp_path / "c.yml", ["train.steps=7", "data.conditional=true", "network.channel_mult=[1,2]"])
     assert (cfg.train.lr, cfg.train.steps, cfg.data.conditional, cfg.network.channel_mult) == (1e-4, 7, True, [1, 2])
-    other = config.load(tmp_path / "c.yml", ["objective.name=ict"])  # q is ECT's: it goes; P_mean is iCT's too
-    assert other.objective.name == "ict" and other.objective.P_mean == -0.5
+    other = config.load(tmp_path / "c.yml", ["objective.name=ict", "objective.s0=4"])  # the file's settings are ECT's
+    assert (other.objective.name, other.objective.P_mean, other.objective.s0) == ("ict", -1.1, 4)
+    (tmp_path / "n.yml").write_text("network: {model_channels: 16, embedding_type: fourier}")
+    adm = config.load(tmp_path / "n.yml", ["network.name=dhariwal_unet"])
+    assert adm.network.name == "dhariwal_unet" and adm.network.model_channels == 16
 
 
 @pytest.mark.parametrize(

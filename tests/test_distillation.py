@@ -309,3 +309,16 @@ def test_a_teacher_of_another_kind_is_named(teachers, tmp_path):
         trainer.Trainer(tiny(tmp_path, **settings))
     with pytest.raises(ConfigError, match="no such checkpoint"):
         trainer.Trainer(tiny(tmp_path, objective={"name": "cd", "teacher": "nowhere.ckpt"}))
+
+
+def test_pixel_normalised_adagn():
+    """Scale and shift have unit root mean square over channels, whatever the embedding's size."""
+    torch.manual_seed(0)
+    block = networks.layers.UNetBlock(
+        8, 8, emb_channels=4, init=networks.layers.xavier, zero_scale=1, attention_scale=1, eps=1e-6,
+        scale_shift_norm=True, pixel_norm=True,
+    ).eval()  # fmt: skip
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
+    assert torch.allclose(block(x, 10 * emb), block(x, 1000 * emb), atol=1e-3)
+    block.pixel_norm = False
+    assert not torch.allclose(block(x, 10 * emb), block(x, 1000 * emb), atol=1.0)
