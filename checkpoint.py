@@ -185,8 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"{error.filename or args.target}: cannot be written: {error.strerror}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        print(f"{args.target}: cannot be written: {' '.join(str(error).split())[:200]}", file=sys.stderr)
         return 2
     print("\n".join(lines))
     return 0

@@ -19,6 +19,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
+NEEDS_PATH = ("imagenet9", "folder", "zip", "npz")  # datasets that data.path leads to
+
 
 class ConfigError(ValueError):
     """Bad input from the user: its message is one line, and the commands exit with code 2."""
@@ -54,12 +56,14 @@ class Run(Section):
 
 
 class Data(Section):
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "folder", "zip", "npz"] = "digits"
-    """Dataset. digits come with scikit-learn; the next four are downloaded; folder, zip and npz read data.path."""
+    name: Literal[
+        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz"
+    ] = "digits"  # fmt: skip
+    """Dataset. digits come with scikit-learn; the next four are downloaded; those from imagenet9 on read data.path."""
     dir: str = "data"
     """Folder for downloads and caches."""
     path: str | None = None
-    """Your images: a folder tree (folder), EDM's images + dataset.json (zip), or an array file (npz)."""
+    """A folder tree (folder), ImageNet's train folder (imagenet9), EDM's images + dataset.json (zip), arrays (npz)."""
     resolution: int | None = Field(None, ge=4, le=1024)
     """Side of the square images in pixels; others are resized and centre-cropped. null: the dataset's own."""
     channels: Literal[1, 3] | None = None
@@ -98,7 +102,7 @@ class Network(Section):
     num_blocks: Count = 4
     """Residual blocks per resolution."""
     attn_resolutions: list[Count] = [16]
-    """Resolutions in pixels with self-attention."""
+    """Resolutions in pixels with self-attention; the deepest block has it anyway."""
     dropout: Share = 0.0
     """Dropout inside residual blocks; both passes of a step share the mask."""
     label_dropout: Share = 0.0
@@ -143,6 +147,10 @@ class DhariwalUNet(Network):
     """Dropout inside residual blocks; both passes of a step share the mask."""
     scale_shift_norm: bool = True
     """Let the embedding scale and shift (AdaGN), not only shift."""
+    channels_per_head: Count = 64
+    """Channels of an attention head; ADM's 64."""
+    norm_groups: Count | None = None
+    """Groups of every group norm; OpenAI's models: 32. null: EDM's min(32, channels / 4)."""
 
 
 class EDM(Section):
@@ -596,12 +604,12 @@ def _check_together(cfg: Config, place) -> None:
     rules = [
         (n.sigma_min >= n.sigma_max, "network.sigma_min", f"must be below network.sigma_max ({n.sigma_max})"),
         (
-            d.name in ("folder", "zip", "npz") and d.path is None,
+            d.name in NEEDS_PATH and d.path is None,
             "data.path",
             f"data.name: {d.name} needs the path of your images",
         ),
         (
-            d.name not in ("folder", "zip", "npz") and d.path is not None,
+            d.name not in NEEDS_PATH and d.path is not None,
             "data.path",
             f"data.name: {d.name} takes no path; for your own images set data.name to folder, zip or npz",
         ),

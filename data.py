@@ -618,15 +618,23 @@ def _given_path(cfg: Any, folder: bool) -> str:
     return path
 
 
-def _walk(root: str, below: str = "") -> Iterator[str]:
-    """Relative names of the images under root, sorted. Links to files are followed, links to folders are not."""
+def _list(root: str, below: str = "") -> list[os.DirEntry[str]]:
+    """What lies in root/below, sorted by name."""
     try:
-        entries = sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name)
+        return sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name)
     except OSError as error:
         raise ConfigError(f"data.path: {root}: {_show(below or '.')} cannot be listed ({error.strerror})") from error
-    for entry in entries:
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+
+
+def _walk(root: str, below: str = "") -> Iterator[str]:
+    """Relative names of the images under root, sorted. Links to files are followed, links to folders are not."""
+    for entry in _list(root, below):
         name = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+        if _is_folder(entry):
             yield from _walk(root, name)
         elif _is_image(name) and entry.is_file():  # not a pipe or a device, which could be read for ever
             yield name
@@ -641,6 +649,35 @@ def folder(cfg: Any) -> Dataset:
     if all("/" in name for name in names):
         labels = [classes.index(name.split("/")[0]) for name in names]
     return _from_files(cfg, Files(path, names, zipped=False, on_broken=cfg.on_broken), labels, len(classes))
+
+
+# Super-class -> its classes' places among ImageNet-1k's sorted class folders
+IMAGENET9 = {
+    "dog": (151, 207, 234, 235, 254),
+    "cat": (281, 282, 283, 284, 285),
+    "frog": (30, 31, 32),
+    "turtle": (33, 34, 35, 36, 37),
+    "bird": (89, 90, 94, 96, 97),
+    "monkey": (372, 373, 374, 375, 378),
+    "fish": (393, 394, 395, 396, 397),
+    "crab": (118, 119, 120, 121),
+    "insect": (306, 307, 308, 309, 310),
+}
+
+
+def imagenet9(cfg: Any) -> Dataset:
+    """Nine super-classes, 42 classes of ImageNet-1k's train folder; label 0 is dog, 8 insect, as in IMAGENET9."""
+    path = _given_path(cfg, folder=True)
+    classes = [entry.name for entry in _list(path) if _is_folder(entry)]
+    if len(classes) != 1000:
+        raise ConfigError(
+            f"data.path: {path} has {len(classes)} class folders; ImageNet-1k's train folder, which imagenet9 is read "
+            "from, has 1000 (n01440764 to n15075141)"
+        )
+    label_of = {classes[place]: label for label, places in enumerate(IMAGENET9.values()) for place in places}
+    names = [name for folder_name in sorted(label_of) for name in _walk(path, folder_name)]
+    labels = [label_of[name.split("/")[0]] for name in names]
+    return _from_files(cfg, Files(path, names, zipped=False, on_broken=cfg.on_broken), labels, len(IMAGENET9))
 
 
 def zip_(cfg: Any) -> Dataset:
@@ -754,6 +791,7 @@ DATASETS = {
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "cifar100": cifar100,
+    "imagenet9": imagenet9,
     "folder": folder,
     "zip": zip_,
     "npz": npz,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -14,8 +16,28 @@ from config import ConfigError
 def start_ranks() -> None:
     """Join torchrun's other processes, if it started this one: NCCL on GPUs, gloo on CPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; every rank must ask at the same step. Goes over the CPU, not the GPU."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(int(flag))
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 goes through the body before the others: it downloads, they find the files."""
+    rank, world = place()
+    if world > 1 and rank > 0:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
 
 
 def place() -> tuple[int, int]:

@@ -31,7 +31,11 @@ GRID = 400  # most samples in a grid
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 when done, 2 for bad input, 1 where a score could not be had."""
-    args = arguments().parse_intermixed_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    for i in range(len(words) - 1):
+        if words[i] == "--calc_fid" and "=" in words[i + 1]:  # a setting follows, which is no value of this flag
+            words[i] = "--calc_fid=true"
+    args = arguments().parse_intermixed_args(words)
     try:
         check(args)
         return run(args, config.load(args.cfg, args.overrides))
@@ -71,6 +75,8 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     if (args.ckpt is None) == (args.samples is None):
         raise ConfigError("--ckpt: give a checkpoint to sample from, or --samples with images made elsewhere")
+    if args.nearest and (args.search_sigmas or args.sweep):
+        raise ConfigError("--nearest: is for one number of steps; leave it out of --search-sigmas and --sweep")
     if args.samples is None:
         return
     if not (args.calc_fid or args.nearest):
@@ -140,12 +146,12 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     state = checkpoint.load(args.ckpt)
     check_network(cfg, checkpoint.config_of(state, args.ckpt), args.ckpt)
     model = checkpoint.model_from(state, args.ckpt, args.ema).to(device)
-    rank, searching = place()[0], bool(args.search_sigmas or args.sweep)
+    (rank, world), searching = place(), bool(args.search_sigmas or args.sweep)
     if rank > 0 and searching:
         return 0
     num = args.num or (min(cfg.metrics.num, 5000) if args.search_sigmas else 0)
     num = num or (cfg.metrics.num if args.calc_fid or args.sweep else 64)
-    sigmas, solver = chosen_levels(args, cfg, args.steps or 1)
+    sigmas, solver = chosen_levels(args, cfg)
     drawing = Drawing(model, args.seed, num, sigmas, solver, chosen_labels(args, num, model), args.batch)
     dataset = None
     if rank == 0 and (args.calc_fid or args.nearest or searching):  # before the sampling: what is missing is said now
@@ -159,14 +165,19 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
         return 0
     images, out = keep(drawing, args, cfg)
     if rank == 0:
-        print(f"{num:,} samples, {drawing.nfe} evaluations each, seed {args.seed}: {drawing.speed()} on {device}")
+        where = str(device) if world == 1 else f"each of {world} x {device.type}"
+        print(f"{num:,} samples, {drawing.nfe} evaluations each, seed {args.seed}: {drawing.speed()} on {where}")
         print(f"written: {out}")
         judge(args, cfg, device, images, dataset, out, f"score at {drawing.nfe} NFE")
     return 0
 
 
 def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> int:
-    """Score images made elsewhere, by the same code."""
+    """Score images made elsewhere, by the same code. One rank does it."""
+    from devices import place
+
+    if place()[0] > 0:
+        return 0
     dataset = training_set(args, cfg)
     images = read_images(Path(args.samples), cfg, dataset.channels if dataset else None)
     out = new_folder(args, cfg) if args.nearest else None
@@ -307,12 +318,13 @@ def check_network(cfg: Config, trained: Config, path: str) -> None:
         raise ConfigError(f"{path}: was trained with another network: {different}; use the config.yml beside it")
 
 
-def chosen_levels(args: argparse.Namespace, cfg: Config, steps: int) -> tuple[list[float], str]:
-    """(noise levels, solver): --sigmas, or else what --search-sigmas found, or else the config's."""
+def chosen_levels(args: argparse.Namespace, cfg: Config, steps: int | None = None) -> tuple[list[float], str]:
+    """(noise levels, solver) for `steps` or --steps: --sigmas, else what --search-sigmas found, else the config's."""
     import sampler
     import search
     from devices import place
 
+    steps = steps or args.steps or 1
     planned, solver = sampler.plan(cfg, steps)
     top = cfg.network.sigma_max
     if args.sigmas is None:

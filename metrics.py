@@ -132,7 +132,7 @@ def feature_weights(
     device: torch.device,
     log: Callable[[str], None],
 ) -> tuple[Path | None, str]:
-    """The weights file that torch-fidelity is to load (None: it finds its own), and what names the network in caches."""
+    """The weights file for torch-fidelity (None: it finds its own), and what names the network in caches."""
     if metrics_cfg.features == "classifier":
         return classifier_weights(dataset, key, cache_dir, device, log)
     if metrics_cfg.features == "dinov2":

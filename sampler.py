@@ -111,7 +111,7 @@ def levels(
 def plan(cfg: Config, steps: int = 1) -> tuple[list[float], str]:
     """(noise levels, solver) that a config samples by: `steps` evaluations, or Heun's for a diffusion model."""
     low, high, s = cfg.network.sigma_min, cfg.network.sigma_max, cfg.sample
-    if s.solver == "heun" or (s.solver == "auto" and cfg.objective.name == "edm"):
+    if s.solver == "heun" or (s.solver == "auto" and cfg.objective.name in ("edm", "trigflow")):
         return karras_sigmas(s.heun_steps, low, high).tolist(), "heun"
     return levels(steps, high, low, s.sigmas), "multistep"
 

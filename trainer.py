@@ -23,7 +23,7 @@ import pictures
 import sampler
 from augment import AUGMENT_DIM, augment
 from config import Config, ConfigError
-from devices import pick_device, pick_precision, place
+from devices import any_rank, pick_device, pick_precision, place, rank_0_first
 from draws import Draws, key
 from ema import EMA, decay_from_half_life
 from logs import RunLog
@@ -76,8 +76,11 @@ class Trainer:
         self.rank, self.world = place()
         self.device = pick_device(cfg.run.device)
         self.precision = pick_precision(cfg.train.precision, self.device)
+        # Tensor cores read channels_last; a CPU's group norm is slower in it.
+        self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.local_batch, self.microbatch = split_batch(cfg.train.batch_size, cfg.train.microbatch, self.world)
-        self.dataset = data.load(cfg.data)
+        with rank_0_first():
+            self.dataset = data.load(cfg.data)
         self.shape = {
             "resolution": self.dataset.resolution,
             "channels": self.dataset.channels,
@@ -108,7 +111,7 @@ class Trainer:
         start = self.cfg.train.init_from or self._teacher_path()
         if start:
             checkpoint.initialise(model, start)
-        model = model.to(self.device, memory_format=torch.channels_last).train()
+        model = model.to(self.device, memory_format=self.layout).train()
         if self.precision == "fp64":
             model.double()
         elif self.precision != "fp32":
@@ -130,7 +133,7 @@ class Trainer:
         if self.precision == "fp64":
             teacher.double()
         teacher.autocast = self.model.autocast
-        return teacher.to(memory_format=torch.channels_last)
+        return teacher.to(memory_format=self.layout)
 
     def _decays(self) -> list[float]:
         if self.cfg.ema.half_life_kimg:
@@ -144,7 +147,7 @@ class Trainer:
         # One flat buffer holds every gradient: one norm, one mask and one all-reduce a step.
         self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=self.device, dtype=parameters[0].dtype)
         for p, part in zip(parameters, self.gradient.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.as_strided(p.shape, p.stride())  # channels_last where the weight is
+            p.grad = part.as_strided(p.shape, p.stride())  # in the weight's own layout
         # On a GPU the rate is a tensor, so that a bad step can be masked there without waiting for the result.
         lr = torch.tensor(cfg.lr, device=self.device) if on_gpu else cfg.lr
         options = {"lr": lr, "betas": tuple(cfg.betas)}
@@ -175,8 +178,8 @@ class Trainer:
                 )
             except OSError as error:
                 raise ConfigError(f"run.dir: {self.folder} cannot be written: {error.strerror}") from None
-            signal.signal(signal.SIGTERM, self._on_signal)
-            signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
         self.log = RunLog(self.folder, self.step, cfg.train.steps, cfg.train.batch_size, shown=self.rank == 0)
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.log.say(
@@ -242,7 +245,7 @@ class Trainer:
         self.step = state["step"]
 
     def _check_same(self, saved: Config, path: Path) -> None:
-        scheduled = self.cfg.objective.name in ("ct", "ict") or self.cfg.train.lr_decay != "none"
+        scheduled = self.cfg.objective.name in ("ct", "ict", "pd") or self.cfg.train.lr_decay != "none"
         different = config.first_difference(saved, self.cfg, FREE if scheduled else FREE | {"train.steps"})
         if different:
             raise ConfigError(
@@ -258,13 +261,14 @@ class Trainer:
         rows = (self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
         resident = self.dataset.to(self.device)
         batches = data.batches(resident, cfg.run.seed, cfg.train.batch_size, self.step, rows, cfg.data.workers)
-        while self.step < total and not self.stopping:
+        stop = False
+        while self.step < total and not stop:
             self.train_step(*next(batches))
             self.step += 1
-            last = self.step == total
+            last, stop = self.step == total, any_rank(self.stopping)
             if self.step % cfg.train.log_every == 0 or last:
                 self.write_log()
-            if self.step % cfg.train.save_every == 0 or last or self.stopping:
+            if self.step % cfg.train.save_every == 0 or last or stop:
                 self.save()
             if due(self.step, cfg.sample.every) or last:
                 self.write_grid()
@@ -307,7 +311,7 @@ class Trainer:
         if self.cfg.data.flip:
             images = data.flip(images, looks.integers(2, (len(images),)).bool())
         x = data.to_float(images, torch.float64 if self.precision == "fp64" else torch.float32)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=self.layout)
         conditions = {}
         if self.cfg.data.augment:
             x, conditions["augment_labels"] = augment(x, self.cfg.data.augment, looks)

@@ -62,10 +62,10 @@ def initialised(layer: nn.Module, init: Init, scale: float = 1.0) -> nn.Module:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation with min(32, channels // 4) groups, in the dtype of its input (statistics in float32)."""
+    """Group normalisation in the dtype of its input (statistics in float32); groups None: min(32, channels // 4)."""
 
-    def __init__(self, channels: int, eps: float) -> None:
-        groups = min(32, channels // 4)
+    def __init__(self, channels: int, eps: float, groups: int | None = None) -> None:
+        groups = min(32, channels // 4) if groups is None else groups
         if groups == 0 or channels % groups:
             raise ValueError(
                 f"group norm: {channels} channels do not split into {groups} groups; "
@@ -189,6 +189,7 @@ class UNetBlock(nn.Module):
         zero_scale: float,
         attention_scale: float,
         eps: float,
+        norm_groups: int | None = None,
         num_heads: int = 0,
         resample: str | None = None,
         resample_filter: Sequence[float] = (1, 1),
@@ -211,11 +212,11 @@ class UNetBlock(nn.Module):
         def resample_conv(cin: int, cout: int, kernel: int) -> nn.Module:
             return initialised(ResampleConv(cin, cout, kernel, resample, resample_filter), init)
 
-        self.norm0 = GroupNorm(in_channels, eps)
+        self.norm0 = GroupNorm(in_channels, eps, norm_groups)
         self.conv0 = (resample_conv if resample else conv)(in_channels, out_channels, 3)
         emb_outputs = out_channels * (2 if scale_shift_norm else 1)
         self.affine = initialised(nn.Linear(emb_channels, emb_outputs), init)
-        self.norm1 = GroupNorm(out_channels, eps)
+        self.norm1 = GroupNorm(out_channels, eps, norm_groups)
         self.conv1 = conv(out_channels, out_channels, 3, zero_scale)
 
         self.skip: nn.Module | None = None
@@ -227,7 +228,7 @@ class UNetBlock(nn.Module):
             self.skip = conv(in_channels, out_channels, 1)
 
         if num_heads:
-            self.norm2 = GroupNorm(out_channels, eps)
+            self.norm2 = GroupNorm(out_channels, eps, norm_groups)
             self.qkv = conv(out_channels, 3 * out_channels, 1, attention_scale)
             self.proj = conv(out_channels, out_channels, 1, zero_scale)
 

@@ -219,7 +219,10 @@ class SongUNet(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-    """ADM: multi-head attention of 64 channels per head, adaptive group norm, plain residual sums."""
+    """ADM: multi-head attention, adaptive group norm, plain residual sums.
+
+    As in EDM, a level with fewer channels than channels_per_head has no attention, whatever attn_resolutions says.
+    """
 
     def __init__(
         self,
@@ -236,6 +239,8 @@ class DhariwalUNet(nn.Module):
         dropout: float = 0.10,
         label_dropout: float = 0.0,  # chance of training on the null label
         scale_shift_norm: bool = True,  # the embedding scales and shifts (AdaGN) instead of being added
+        channels_per_head: int = 64,  # width of an attention head
+        norm_groups: int | None = None,  # groups of every group norm; None: min(32, channels // 4)
         pixel_norm: bool = False,  # normalise that scale and shift over channels (sCM)
     ) -> None:
         super().__init__()
@@ -258,7 +263,8 @@ class DhariwalUNet(nn.Module):
                 zero_scale=0.0,
                 attention_scale=1.0,
                 eps=1e-5,
-                num_heads=max(1, cout // 64) if attention else 0,
+                norm_groups=norm_groups,
+                num_heads=cout // channels_per_head if attention else 0,
                 resample=resample,
                 dropout=dropout,
                 scale_shift_norm=scale_shift_norm,
@@ -300,7 +306,7 @@ class DhariwalUNet(nn.Module):
             for i in range(num_blocks + 1):
                 self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), width, res in attn_resolutions)
                 channels = width
-        self.out_norm = GroupNorm(channels, eps=1e-5)
+        self.out_norm = GroupNorm(channels, eps=1e-5, groups=norm_groups)
         self.out_conv = initialised(nn.Conv2d(channels, out_channels, 3, padding=1), kaiming, 0.0)
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ import torchvision
 from PIL import Image
 
 import data
-from config import ConfigError, Data
+from config import ConfigError, Data, parse
 
 RNG = np.random.default_rng(0)
 
@@ -259,6 +259,53 @@ def test_flat_folder_has_no_labels_and_conditional_says_so(tmp_path):
     with pytest.raises(ConfigError) as info:
         data.load(settings(tmp_path, conditional=True))
     one_line(info, "data.conditional", "labels")
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory) -> Path:
+    """ImageNet's train folder in small: 1,000 class folders of one image, whose red and green say its class."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for place in reversed(range(1000)):
+        image = np.full((4, 4, 3), [place // 256, place % 256, 0], np.uint8)
+        write_folder(root, {f"n{place:08d}/n{place:08d}_1.png": encoded(image)})
+    write_folder(root, {".cache/a.png": b"x", "notes.txt": b"x"})  # neither is a class
+    return root
+
+
+@pytest.mark.parametrize("memory_gb", [1.0, 0.0])
+def test_imagenet9_is_nine_groups_of_the_sorted_class_folders(tmp_path, imagenet, memory_gb):
+    dataset = data.load(settings(tmp_path, name="imagenet9", path=str(imagenet), conditional=True, memory_gb=memory_gb))
+    images, labels = dataset.read(torch.arange(len(dataset)))
+    places = images[:, 0, 0, 0].long() * 256 + images[:, 1, 0, 0]
+    found = {label: places[labels == label].tolist() for label in range(9)}
+    assert found == {
+        0: [151, 207, 234, 235, 254],  # dog
+        1: list(range(281, 286)),  # cat
+        2: list(range(30, 33)),  # frog
+        3: list(range(33, 38)),  # turtle
+        4: [89, 90, 94, 96, 97],  # bird
+        5: [372, 373, 374, 375, 378],  # monkey
+        6: list(range(393, 398)),  # fish
+        7: list(range(118, 122)),  # crab
+        8: list(range(306, 311)),  # insect
+    }
+    assert len(dataset) == 42 and dataset.num_classes == 9
+    assert list(data.IMAGENET9)[:3] == ["dog", "cat", "frog"] and list(data.IMAGENET9)[-1] == "insect"
+
+
+def test_imagenet9_wants_all_of_imagenets_class_folders(tmp_path):
+    for place in range(999):
+        (tmp_path / "images" / f"n{place:08d}").mkdir(parents=True)
+    with pytest.raises(ConfigError) as info:
+        data.load(settings(tmp_path, name="imagenet9"))
+    one_line(info, "data.path", "999", "1000", "ImageNet")
+    (tmp_path / "images" / "n99999999").mkdir()  # 1,000 folders, but empty
+    with pytest.raises(ConfigError) as info:
+        data.load(settings(tmp_path, name="imagenet9"))
+    one_line(info, "data.path", "holds no images")
+    with pytest.raises(ConfigError) as info:
+        parse({"data": {"name": "imagenet9"}})
+    one_line(info, "data.path", "imagenet9")
 
 
 def test_links_to_files_are_read_links_to_folders_and_pipes_are_not(tmp_path):

@@ -10,6 +10,7 @@ from test_objectives import CT, per_sample
 import checkpoint
 import losses
 import networks
+import objectives
 import sampler
 import trainer
 from config import ConfigError
@@ -126,6 +127,17 @@ def test_scm_warms_up_over_h_steps_and_then_stays():
     for step in (0, 5, 10, 99):
         objective(TrigStandIn(), SCM["x0"], step=step, draws=Draws(0, 6))
     assert seen == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_scm_takes_the_tangent_under_the_students_dropout_mask():
+    masks = []
+
+    def model(x, sigma):
+        masks.append(torch.nn.functional.dropout(torch.ones(100)))
+        return x
+
+    ContinuousConsistency()(model, SCM["x0"], draws=Draws(0, 6))
+    assert len(masks) == 2 and torch.equal(masks[0], masks[1])
 
 
 def test_scd_takes_its_slope_from_the_teacher():
@@ -245,6 +257,19 @@ def test_cmt_maps_every_point_of_a_trajectory_onto_its_own_end():
     assert not torch.allclose(seen["target"][0], seen["target"][1])
 
 
+def test_cmt_gives_every_point_the_label_of_its_trajectory():
+    class OfTheLabel(torch.nn.Module):
+        def forward(self, x, sigma, class_labels):
+            return torch.ones_like(x) * like(class_labels.argmax(1), x)
+
+    seen = {}
+    objective = MidTraining(OfTheLabel(), lambda a, b: seen.update(target=b) or losses.l2(a, b), steps=2)
+    student = lambda x, sigma, class_labels: seen.update(label=class_labels.argmax(1)) or x  # noqa: E731
+    objective(student, torch.zeros(8, 1, 4, 4), draws=Draws(0, 8), class_labels=torch.eye(8))
+    assert seen["label"].tolist() == [0, 2, 4, 6] * 2  # a trajectory starts from every second image
+    assert torch.allclose(seen["target"].mean((1, 2, 3)), seen["label"].float(), atol=0.01)
+
+
 def test_dpm_solver_converges_to_the_ode():
     """For data N(0, 0.6^2) the ODE is known: x scales with sqrt(0.36 + sigma^2)."""
     denoiser = lambda x, s: 0.36 * x / (0.36 + like(s, x) ** 2)  # noqa: E731
@@ -261,6 +286,85 @@ OBJECTIVES = {
     "cmt": {"name": "cmt", "steps": 4},
     "pd": {"name": "pd", "N": 4},
 }
+
+
+class OfTheLabel(torch.nn.Module):
+    """A denoiser that hears its labels and keeps what it was given."""
+
+    def __init__(self, scale=0.5, seen=None):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+        self.keep = (lambda labels: None) if seen is None else seen.append
+
+    def forward(self, x, sigma, class_labels=None):
+        self.keep(class_labels)
+        louder = 1.0 if class_labels is None else like(1 + 0.1 * class_labels.argmax(1), x)
+        return louder * self.scale * x / (1 + like(sigma, x))
+
+
+def build(folder, name, model, teacher, **options):
+    """The objective that a config makes."""
+    needs_teacher = {"teacher": "a.ckpt"} if name in OBJECTIVES else {}
+    clock = {"precond": "trigflow"} if name in ("trigflow", "sct", "scd") else {}
+    section = {"name": name, **needs_teacher, **options}
+    cfg = tiny(folder, objective=section, network=clock, data={"conditional": True})
+    return objectives.build(cfg, model, teacher), cfg
+
+
+PASSES = {"edm": 1, "ct": 2, "ict": 2, "ect": 2, "cd": 4, "sct": 2, "scd": 3, "tcm": 3, "pd": 3}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_gets_the_labels(name, tmp_path):
+    """Student, target and teacher alike."""
+    seen, labels = [], torch.eye(4)
+    model = OfTheLabel(0.5, seen)
+    objective, _ = build(tmp_path, name, model, OfTheLabel(0.4, seen))
+    objective(model, torch.randn(4, 1, 8, 8), draws=Draws(0, 4), class_labels=labels)
+    assert len(seen) == PASSES[name] and all(given is labels for given in seen)
+
+
+PAIRS = {"metric": "l1", "huber_c": 1.0, "weighting": "snr"}
+LOG_NORMAL = {"P_mean": 0.5, "P_std": 0.7}
+CHANGES = {  # another value of every option
+    "edm": LOG_NORMAL,
+    "trigflow": LOG_NORMAL,
+    "ct": {**PAIRS, "s0": 4, "s1": 20, "mu0": 0.5},
+    "ict": {**LOG_NORMAL, "huber_c": 1.0, "s0": 20, "s1": 20},
+    "ect": {**LOG_NORMAL, "huber_c": 1.0, "q": 3.0, "double_kimg": 0.02, "mapping": "const"},
+    "cd": {**PAIRS, "N": 7, "mu": 0.5, "solver": "euler", "guidance": 3.0},
+    "sct": {**LOG_NORMAL, "warmup": 10, "c": 0.5},
+    "scd": {**LOG_NORMAL, "warmup": 10, "c": 0.5, "guidance": 3.0},
+    "tcm": {
+        "t_prime": 2.0, "q": 500.0, "boundary_share": 0.75, "boundary_weight": 0.5, "df": 5.0, "scale": 1.0,
+        "huber_c": 1.0,
+    },
+    "cmt": {"steps": 8, "metric": "l1", "huber_c": 1.0},
+    "pd": {"N": 8, "weighting": "uniform"},
+}  # fmt: skip
+USUAL = {"ct": {"s1": 8}, "ict": {"s1": 40}, "cmt": {"steps": 4}, "pd": {"N": 4}, "tcm": {"df": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name, changes in CHANGES.items() for option in changes]
+)
+def test_every_option_reaches_the_loss(name, option, tmp_path):
+    usual = USUAL.get(name, {})
+    if option == "huber_c" and "metric" in CHANGES[name]:
+        usual = {**usual, "metric": "pseudo_huber"}
+    seen = []
+    for options in (usual, {**usual, option: CHANGES[name][option]}):
+        model = OfTheLabel()
+        objective, cfg = build(tmp_path, name, model, OfTheLabel(0.4), **options)
+        x, labels = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.eye(10)[[3] * 16]
+        values = [objective(model, x, step=1, draws=Draws(0, 16), class_labels=labels).loss.item()]
+        model.scale.data.fill_(0.8)
+        if hasattr(objective, "after_step"):
+            objective.after_step(model, step=1)
+        seen.append([*values, objective(model, x, step=4, draws=Draws(1, 16), class_labels=labels).loss.item()])
+    assert seen[1] != pytest.approx(seen[0], rel=1e-5)
+    untried = set(type(cfg.objective).model_fields) - {"name", "teacher", "lpips_weights"} - set(CHANGES[name])
+    assert not untried, "give these options another value in CHANGES"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import socket
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch_fidelity.feature_extractor_clip as clip
 import torch_fidelity.feature_extractor_inceptionv3 as inception
 from sklearn.datasets import load_digits
 
@@ -164,6 +166,30 @@ def test_statistics_of_another_classifier_are_not_used(few, tmp_path):
     assert metrics.score(few.images, few, config(), tmp_path, "cpu")["fid"] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "evil"])
+def test_bad_cached_statistics_are_computed_again(few, tmp_path, monkeypatch, cache, damage):
+    monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
+    classifier, _ = metrics.classifier_weights(few, metrics.file_name(few), cache, torch.device("cpu"), print)
+    (tmp_path / classifier.name).write_bytes(classifier.read_bytes())
+    cfg, said = config("fid", "prc"), []
+    expected = metrics.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append)
+    paths = sorted((tmp_path / "fidelity").iterdir())
+    assert len(paths) == 2 and not said
+    for path in paths:
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+        evil = tmp_path / "evil.zip"
+        torch.save({"mu": Evil()}, evil)
+        damaged = {"empty": b"", "cut": whole[:middle], "flipped": flipped, "evil": evil.read_bytes()}
+        path.write_bytes(damaged[damage])
+    assert metrics.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append) == expected
+    assert len(said) == 2 and all("computing them again" in line for line in said)
+    assert not (tmp_path / "evil").exists() and sorted((tmp_path / "fidelity").iterdir()) == paths
+    metrics.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append)
+    assert len(said) == 2  # the new ones are good
+
+
 def test_cache_key_holds_the_content(few):
     images, labels = few.images.clone(), few.labels.clone()
     images[7, 0, 3, 3] ^= 1
@@ -310,10 +336,78 @@ def test_inception_scores_grey_images_and_reference_statistics(few, weights, tmp
     expected = ((values.mean(0) - 0.25) ** 2).sum() + values.var(0, ddof=1).sum()
     assert metrics.score(small.images, small, cfg, tmp_path, "cpu")["fid"] == pytest.approx(expected, rel=1e-3)
 
+    alone = metrics.score(small.images, None, cfg, tmp_path, "cpu")["fid"]  # the training set is not needed
+    assert alone == pytest.approx(expected, rel=1e-3)
+
     np.savez(reference, mu=np.zeros(64), sigma=np.zeros((64, 64)))
     assert "(2048,)" in message(small.images, small, cfg, tmp_path, "cpu")
     reference.write_bytes(b"not numpy's")
     assert "no npz" in message(small.images, small, cfg, tmp_path, "cpu")
+
+
+# DINOv2 and CLIP, with stand-ins for the networks
+
+
+class Means(torch.nn.Module):
+    """Three features of an image (B, 3, 224, 224): the means of its channels."""
+
+    input_resolution = 224
+
+    def forward(self, x):
+        assert x.shape[1:] == (3, 224, 224)
+        return x.mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def flat():
+    """Images of one colour each, and samples of brighter ones: whatever the way of resizing, the features are known."""
+    levels = torch.randint(0, 200, (120, 3, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = levels.expand(-1, -1, 4, 4).contiguous()
+    return make(images[:60], None, "flat"), images[60:] + 40
+
+
+def means_score(flat, mean, std):
+    sets = [(images[:, :, 0, 0] / 255 - torch.tensor(mean)) / torch.tensor(std) for images in (flat[1], flat[0].images)]
+    return frechet(*[values.double().numpy() for values in sets])
+
+
+def test_dinov2_scores(flat, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.hub, "load", lambda *args: (asked.append(args), Means())[1])
+    cfg = config(features="dinov2")
+    fid = metrics.score(flat[1], flat[0], cfg, tmp_path, "cpu", log=lambda _: None)["fid"]
+    assert set(asked) == {("facebookresearch/dinov2", "dinov2_vitb14")}
+    assert fid == pytest.approx(means_score(flat, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), rel=1e-3)
+    assert metrics.features_name(cfg) == "DINOv2 ViT-B/14 features"
+
+
+def test_dinov2_out_of_reach(few, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "load", refuse)
+    said = message(few.images, few, config(features="dinov2"), tmp_path, "cpu", log=lambda _: None)
+    assert "DINOv2 could not be fetched" in said and "not known" in said and "metrics.features=classifier" in said
+    assert socket.getdefaulttimeout() is None
+    given = config(features="dinov2", weights="x.pth")
+    assert "metrics.weights" in message(few.images, few, given, tmp_path, "cpu", log=lambda _: None)
+
+
+def test_clip_scores_with_the_real_file_only(few, flat, tmp_path, monkeypatch):
+    path = tmp_path / "ViT-B-32.pt"
+    path.write_bytes(b"TorchScript")
+    cfg = config(features="clip", weights=str(path))
+    ran = []
+    monkeypatch.setattr(torch.jit, "load", lambda *_, **__: (ran.append(1), torch.nn.Identity())[1])
+    assert "SHA-256" in message(few.images, few, cfg, tmp_path, "cpu") and not ran
+
+    monkeypatch.setitem(metrics.CLIP_FILES["clip-vit-b-32"], "hash", hashlib.sha256(b"TorchScript").hexdigest())
+    monkeypatch.setattr(clip, "build_model", lambda *_: SimpleNamespace(visual=Means()))
+    fid = metrics.score(flat[1], flat[0], cfg, tmp_path, "cpu")["fid"]
+    colours = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    assert ran and fid == pytest.approx(means_score(flat, *colours), rel=1e-3)
+    path.unlink()
+    assert "ViT-B-32.pt as metrics.weights=PATH" in message(few.images, few, cfg, tmp_path, "cpu")
 
 
 def test_features_are_named():
@@ -347,6 +441,16 @@ def test_nearest_is_exact_over_blocks():
     full = torch.cdist(*pairs, compute_mode="donot_use_mm_for_euclid_dist") / 16**0.5 / 255
     torch.testing.assert_close(distances.double(), full.topk(2, largest=False).values, rtol=1e-6, atol=0)
     torch.testing.assert_close(full.gather(1, indices), distances.double(), rtol=1e-6, atol=0)
+
+
+def test_what_counts_as_a_copy():
+    levels = torch.arange(0, 200, 2, dtype=torch.uint8)
+    levels[1] = 1  # two images one level apart, all others at least two
+    dataset = make(levels[:, None, None, None].expand(-1, 1, 4, 4), None)
+    assert metrics.copy_threshold(dataset, "cpu", share=0.015) == pytest.approx(1 / 255)
+    assert metrics.copy_threshold(dataset, "cpu", share=0.5) == pytest.approx(2 / 255)
+    levels[50] = levels[51]  # a picture that is there twice
+    assert metrics.copy_threshold(make(dataset.images, None), "cpu") == 0
 
 
 @pytest.mark.gpu

@@ -167,7 +167,10 @@ def test_cm_boundary():
     at = torch.full((3,), 0.01)
     assert torch.equal(Preconditioner(Echo(9.0), "cm", sigma_min=0.01)(x, at), x)
     assert (Preconditioner(Echo(9.0), "edm", sigma_min=0.01)(x, at) - x).abs().min() > 0.05
-    assert torch.equal(Preconditioner(Echo(9.0), "edm")(x, torch.zeros(3)), x)
+    for c_noise in ("log", "log250", "t"):
+        model = Preconditioner(Echo(9.0), "edm", c_noise)
+        assert torch.equal(model(x, torch.zeros(3)), x)
+        assert model.model.given.c_noise.isfinite().all()
 
 
 @pytest.mark.parametrize("sigma", SIGMA)
@@ -279,6 +282,7 @@ def test_dropout_statistics(p):
     for place in range(4):
         assert abs(flat[place : flat.numel() // 4 * 4 : 4].mean().item()) < 8 * deviation
     assert dropout(x, p, training=False) is x
+    assert dropout(torch.ones(3, 5, 7, 3), p, training=True).shape == (3, 5, 7, 3)  # 315: not a multiple of 4
 
 
 def test_dropout_replays_from_the_generator():
@@ -296,6 +300,25 @@ def test_fourier_scale():
     assert abs(small(embedding_type="fourier", model_channels=128).map_noise.freqs.std().item() / 16 - 1) < 0.4
     settings = {"embedding_type": "fourier", "fourier_scale": 0.02, "model_channels": 128}
     assert small(**settings).map_noise.freqs.std().item() < 0.04
+
+
+@torch.no_grad()
+def test_attention_heads():
+    """Two heads of 64; published weights order the outputs of qkv as (head, channel, q or k or v)."""
+    block = small(DhariwalUNet, model_channels=128, channel_mult=[1], attn_resolutions=[8]).enc["8x8_block0"].double()
+    assert block.num_heads == 2
+    assert small(DhariwalUNet, model_channels=32, attn_resolutions=[8, 4]).enc["8x8_block0"].num_heads == 0  # as EDM
+    x = torch.randn(2, 128, 3, 3, dtype=torch.float64)
+    qkv = torch.einsum("oc,bcl->bol", block.qkv.weight[:, :, 0, 0], x.flatten(2)) + block.qkv.bias[:, None]
+    heads = []
+    for head in range(2):
+        q, k, v = (qkv[:, head * 192 + which : (head + 1) * 192 : 3] for which in range(3))
+        weights = torch.einsum("bcq,bck->bqk", q, k / 8).softmax(dim=2)
+        heads.append(torch.einsum("bqk,bck->bcq", weights, v))
+    expected = (
+        torch.einsum("oc,bcl->bol", block.proj.weight[:, :, 0, 0], torch.cat(heads, 1)) + block.proj.bias[:, None]
+    )
+    assert relative(block.attention(x).flatten(2), expected) < 1e-12
 
 
 # The whole networks
@@ -358,6 +381,36 @@ def test_noise_level_is_per_sample(settings):
     assert relative(network(x, sigma.flip(0)), together) > 1e-2
 
 
+@torch.no_grad()
+def test_residual_encoder_chain():
+    """NCSN++: each level's input pyramid starts from the sum of the level above, not from the image."""
+    network = small(**{**NCSNPP, "channel_mult": [1, 1, 1]})
+    seen = {}
+
+    def keep(name):
+        network.enc[name].register_forward_hook(lambda module, given, out: seen.update({name: (given[0], out)}))
+
+    for name in ("8x8_conv", "4x4_down", "4x4_aux_residual", "4x4_block0", "2x2_aux_residual"):
+        keep(name)
+    x, sigma = batch()
+    network(x, sigma)
+    assert torch.equal(seen["4x4_aux_residual"][0], x)
+    total = (seen["4x4_down"][1] + seen["4x4_aux_residual"][1]) / math.sqrt(2)
+    assert torch.allclose(seen["4x4_block0"][0], total)
+    assert torch.allclose(seen["2x2_aux_residual"][0], total)
+
+
+@torch.no_grad()
+def test_label_scale():
+    """DDPM++ scales one-hot labels by sqrt(label_dim) to unit variance; ADM does so in its initial weights."""
+    for kind, scale in ((SongUNet, 2.0), (DhariwalUNet, 1.0)):
+        network, seen = small(kind, label_dim=4), []
+        network.map_label.register_forward_hook(lambda module, given, out, seen=seen: seen.append(given[0]))
+        x, sigma = batch()
+        network(x, sigma, torch.eye(4)[:3])
+        assert torch.equal(seen[0], scale * torch.eye(4)[:3])
+
+
 def test_unknown_architecture():
     with pytest.raises(ValueError, match="encoder_type is 'resnet'"):
         small(encoder_type="resnet")
@@ -381,7 +434,7 @@ def test_label_dropout(kind):
     """In training, each row is either conditioned on its label or on the null label; in eval always on its label."""
     network = small(kind, label_dim=4, label_dropout=0.5, dropout=0.0)
     x, sigma = batch(32)
-    labels = torch.eye(4)[torch.arange(32) % 4]
+    labels = torch.rand(32, 4, generator=torch.Generator().manual_seed(2)) + 0.5
     with torch.no_grad():
         conditional, null = network(x, sigma, labels), network(x, sigma, torch.zeros_like(labels))
         torch.manual_seed(1)

@@ -14,6 +14,8 @@ from objectives.ct import ConsistencyTraining, snr_weight
 from objectives.ect import EasyConsistencyTuning
 from objectives.edm import EDM
 from objectives.ict import ImprovedConsistencyTraining
+from objectives.scm import ContinuousConsistency
+from objectives.tcm import TruncatedConsistency
 from schedules import ict_index_probabilities, karras_sigmas
 
 CT = golden("ct_losses")
@@ -123,19 +125,19 @@ def test_ct_target_follows_mu_of_k():
     assert objective.target_decay(99) > 0.99
 
 
-@pytest.mark.parametrize("name", ["ct", "ict", "ect"])
+@pytest.mark.parametrize("name", ["ct", "ict", "ect", "tcm", "sct"])
 def test_no_gradient_flows_through_the_target(name):
-    model = analytic(0.7, "cm" if name != "ect" else "edm")
+    kind = "cm" if name in ("ct", "ict") else "edm"
+    model = analytic(0.7, kind)
     objective = make(name, model)
-    x, draws = CT["x0"], Draws(0, 6)
-    objective(model, x, step=50, draws=draws).loss.backward()
+    x = CT["x0"]
+    objective(model, x, step=50, draws=Draws(0, 6)).loss.backward()
     got = model.model.a.grad.clone()
     eps = 1e-6
     losses_at = []
-    for shift in (eps, -eps):  # the student's parameter moves, what the target sees does not
-        moved = analytic(0.7 + shift, "cm" if name != "ect" else "edm")
-        frozen = analytic(0.7, "cm" if name != "ect" else "edm")
-        both = lambda x, s, m=moved, f=frozen, **c: (m if torch.is_grad_enabled() else f)(x, s)  # noqa: E731
+    for shift in (eps, -eps):  # the student's parameter moves, the target's, which is asked second, does not
+        passes = iter([analytic(0.7 + shift, kind), analytic(0.7, kind)])
+        both = lambda x, s, passes=passes: next(passes)(x, s)  # noqa: E731
         losses_at.append(objective(both, x, step=50, draws=Draws(0, 6)).loss.item())
     assert got.item() == pytest.approx((losses_at[0] - losses_at[1]) / (2 * eps), rel=1e-5)
 
@@ -146,10 +148,12 @@ def make(name, model, steps=100):
         "ct": lambda: ConsistencyTraining(model, steps, losses.l2),
         "ict": lambda: ImprovedConsistencyTraining(steps),
         "ect": lambda: EasyConsistencyTuning(steps / 8),
+        "tcm": lambda: TruncatedConsistency(analytic(0.9)),
+        "sct": lambda: ContinuousConsistency(warmup=1),
     }[name]()
 
 
-@pytest.mark.parametrize("name", ["ct", "ict", "ect"])
+@pytest.mark.parametrize("name", ["ct", "ict", "ect", "tcm"])
 def test_both_passes_share_noise_and_dropout_mask(name):
     """A network of dropout alone shows each pass's mask, and (x_t - x) / t its noise."""
     masks, noises = [], []

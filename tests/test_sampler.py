@@ -64,6 +64,37 @@ def test_the_noise_of_later_steps_is_new():
     assert torch.equal(sample_noise(0, [5], (4,)), a[5:6]) and not torch.equal(sample_noise(1, [5], (4,)), a[5:6])
 
 
+def test_every_evaluation_of_a_sample_sees_noise_of_its_own():
+    seen = []
+
+    class Nothing(torch.nn.Module):
+        img_channels, img_resolution, sigma_min = 1, 16, 0.3
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, sigma, class_labels=None):
+            seen.append(x.flatten())
+            return torch.zeros_like(x)
+
+    next(sampler.generate(Nothing(), 0, range(50), [80.0, 5.0, 0.5]))
+    assert [float(x.std()) for x in seen] == pytest.approx([80, (25 - 0.09) ** 0.5, 0.4], rel=0.03)
+    assert (torch.corrcoef(torch.stack(seen)) - torch.eye(3)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("solver", ["multistep", "heun"])
+def test_a_sample_is_of_the_class_asked_for(solver):
+    model = small(label_dim=3)
+
+    def draw(*labels):
+        return next(sampler.generate(model, 0, range(3), [80.0, 0.8], solver, torch.tensor(labels)))
+
+    mixed = draw(0, 1, 2)
+    assert all((mixed[i] - draw(i, i, i)[i]).abs().max() < 1 / 255 for i in range(3))
+    assert (draw(0, 0, 0) - draw(1, 1, 1)).abs().max() > 0.05
+
+
 def test_labels_follow_the_training_set():
     labels = sampler.draw_labels(0, range(6000), [100, 0, 200, 300])
     shares = torch.bincount(labels, minlength=4) / 6000

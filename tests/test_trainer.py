@@ -102,23 +102,40 @@ def test_resume_refuses_another_config_and_extends_where_the_schedule_allows(tmp
         trainer.train(tiny(tmp_path / "linear", train={"lr_decay": "linear", "steps": 8}), resume=True)
 
 
-def test_microbatches_and_ranks_give_the_gradient_of_the_whole_batch(tmp_path):
-    settings = {"train": {"precision": "fp64"}, "network": {"dropout": 0.0}, "data": {"augment": 0.5}}
-    gradients = []
-    for split in ({}, {"microbatch": 4}):
-        run = trainer.Trainer(tiny(tmp_path, **{**settings, "train": {**settings["train"], **split}}))
-        run.update = lambda lr: None
-        run.train_step(run.dataset.images[:16], None)
-        gradients.append(run.gradient.clone())
-    total = torch.zeros_like(gradients[0])
-    for rank in range(2):
-        run = trainer.Trainer(tiny(tmp_path, **settings))
-        run.rank, run.local_batch, run.microbatch, run.update = rank, 8, 8, lambda lr: None
-        run.train_step(run.dataset.images[:16][rank * 8 : rank * 8 + 8], None)
-        total += run.gradient / 2
-    assert gradients[0].norm() > 0
-    for other in (gradients[1], total):
-        assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-10
+@pytest.mark.parametrize("objective", [{"name": "ect", "double_kimg": 0.05}, {"name": "ict", "s1": 40}])
+def test_microbatches_and_ranks_give_the_gradient_of_the_whole_batch(objective, tmp_path, monkeypatch):
+    settings = {"objective": objective, "network": {"dropout": 0.0}, "data": {"augment": 0.5}}
+
+    def gradient(rows=slice(0, 16), split=None, **place):
+        run = trainer.Trainer(tiny(tmp_path, **settings, train={"precision": "fp64", "microbatch": split}))
+        vars(run).update(step=4, update=lambda lr: None, **place)  # by step 4 the pairs are closer than at step 0
+        run.train_step(run.dataset.images[rows], None)
+        return run.gradient
+
+    whole = gradient()
+    total = torch.zeros_like(whole)
+    monkeypatch.setattr(trainer.dist, "all_reduce", lambda own: own.copy_(total.add_(own)))
+    gradient(slice(0, 8), rank=0, world=2, local_batch=8, microbatch=8)
+    ranks = gradient(slice(8, 16), rank=1, world=2, local_batch=8, microbatch=8)  # its sum is of both
+    assert whole.norm() > 0
+    for other in (gradient(split=4), ranks):
+        assert (other - whole).norm() / whole.norm() < 1e-10
+
+
+def test_every_step_draws_anew_and_the_same_in_every_run(tmp_path):
+    def drawn(step, rank=0):
+        run, seen = trainer.Trainer(tiny(tmp_path)), []
+        vars(run).update(step=step, rank=rank, local_batch=8, microbatch=4)
+        run.objective = lambda model, x, step, draws, **c: (
+            seen.append((draws.normal((4,)), torch.rand(4)))  # noise, and what dropout draws from
+            or trainer.objectives.Output(model(x, x.new_ones(4), **c).mean())
+        )
+        run.train_step(run.dataset.images[:8], None)
+        return [tuple(part.tolist()) for both in seen for part in both]
+
+    values = drawn(0) + drawn(1) + drawn(1, rank=1)
+    assert len(values) == 12 and len(set(values)) == 12
+    assert drawn(1) == values[4:8]
 
 
 def test_a_step_that_is_not_finite_moves_no_weight_and_is_counted(tmp_path):
@@ -156,6 +173,24 @@ def test_learning_rate_rises_and_falls():
     assert rates == pytest.approx([0.2, 2 * 0.5 * 0.96, 2 * 0.91, 1.0, 0.02])
     assert trainer.learning_rate(50, config.Train(steps=100, lr=2.0, lr_decay="cosine")) == pytest.approx(1.0)
     assert trainer.learning_rate(50, config.Train(steps=100, lr=2.0)) == 2.0
+
+
+def test_the_learning_rate_reaches_the_optimizer(tmp_path):
+    run = trainer.Trainer(tiny(tmp_path, train={"lr_warmup": 5}))
+    for step in range(3):
+        run.step = step
+        run.train_step(run.dataset.images[:16], None)
+        assert float(run.optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (step + 1) / 5)
+
+
+def test_samples_in_training_are_from_the_average(tmp_path):
+    run = trainer.Trainer(tiny(tmp_path))
+    before = run.samples(4, None)
+    for module, changes in ((run.model, False), (run.emas[1].module, False), (run.emas[0].module, True)):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.add_(0.2 * torch.randn_like(p))
+        assert torch.equal(run.samples(4, None), before) != changes
 
 
 def test_init_from_takes_the_ema(tmp_path):
@@ -236,3 +271,18 @@ def test_a_step_on_a_gpu_waits_for_nothing(compiled, tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+def test_two_ranks_train_as_one_process(tmp_path):
+    """torchrun with two gloo ranks: the same weights after 6 steps in float64, draws keyed by place in the batch."""
+    settings = {"train": {"precision": "fp64"}, "network": {"dropout": 0.0}, "data": {"augment": 0.5}}
+    trainer.train(tiny(tmp_path / "one", **settings))
+    (tmp_path / "c.yml").write_text(config.dump(tiny(tmp_path / "two", **settings)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*torchrun, ROOT / "main.py", "--cfg", tmp_path / "c.yml"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all((one[k] - two[k]).norm() <= 1e-6 * one[k].norm() + 1e-12 for k in one)

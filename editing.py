@@ -1,0 +1,181 @@
+"""Zero-shot editing: samples that keep given linear coordinates of a reference image (2303.01469 algorithm 4).
+
+    known = edit(model, x, *inpainting(mask), sigmas, z)  # any model(x, sigma, **conditions) -> clean data
+
+The noise levels are sampler.multistep's: descending, all of them evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from sampler import Model, NoiseAt, multistep
+
+GREY = (0.2989, 0.5870, 0.1140)  # red, green and blue in grey, as 2303.01469 and OpenAI's code have it
+
+
+def edit(
+    model: Model,
+    reference: torch.Tensor,  # (B, ...) or (1, ...), in [-1, 1]; its known coordinates are kept, the others not read
+    A: Callable[[torch.Tensor], torch.Tensor],  # invertible linear map of an image to coordinates
+    A_inverse: Callable[[torch.Tensor], torch.Tensor],
+    known_mask: torch.Tensor,  # bool, broadcast to A(reference): True where kept (the paper's 1 - Omega)
+    sigmas: Sequence[float],  # descending noise levels, the first where z starts
+    z: torch.Tensor,  # (B, ...) N(0, 1)
+    noise_at: NoiseAt | None = None,  # as in sampler.multistep
+    sigma_min: float = 0.002,
+    **conditions: torch.Tensor | None,
+) -> torch.Tensor:
+    """Clean data (B, ...) with the reference's known coordinates, not clamped: multistep sampling, put right each step.
+
+    It starts at sigmas[0] z, as OpenAI's code does. The paper starts at y + sigmas[0] z, with y = visible(...): that
+    is z + y / sigmas[0] here, the same at sigma 80, and better where the first level is low.
+    """
+    known_mask = known_mask.to(z.device)
+    kept = A(reference)
+
+    def put_right(x: torch.Tensor, sigma: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
+        return A_inverse(torch.where(known_mask, kept, A(model(x, sigma, **conditions))))
+
+    return multistep(put_right, z, sigmas, noise_at, sigma_min, **conditions)
+
+
+# Linear constraints ---------------------------------------------------------------------------------------------------
+
+
+class Constraint(NamedTuple):
+    """Which linear coordinates of images (B, C, H, W) an edit keeps: three arguments of `edit`."""
+
+    A: Callable[[torch.Tensor], torch.Tensor]
+    A_inverse: Callable[[torch.Tensor], torch.Tensor]
+    known_mask: torch.Tensor
+
+
+def inpainting(known: torch.Tensor) -> Constraint:
+    """Keep the pixels where `known`, bool (H, W) or (B, 1, H, W), is True."""
+    return Constraint(_same, _same, known)
+
+
+def colorisation() -> Constraint:
+    """Keep the grey of RGB images: coordinate 0 is the channels along GREY, the other two are across it."""
+    axes = orthogonal(torch.tensor(GREY))
+
+    def A(x: torch.Tensor) -> torch.Tensor:  # the matrix is symmetric: its own inverse
+        return torch.einsum("dc,bchw->bdhw", axes.to(x), x)
+
+    return Constraint(A, A, torch.tensor([True, False, False]).view(3, 1, 1))
+
+
+def super_resolution(factor: int) -> Constraint:
+    """Keep the means of blocks of factor x factor pixels: coordinate 0 of a block is `factor` times its mean.
+
+    The coordinates of (B, C, H, W) are (B, C, H / factor, W / factor, factor^2). ValueError for a factor below 2.
+    """
+    if factor < 2:
+        raise ValueError(f"factor: {factor} leaves nothing to add; it must be 2 or more")
+    axes = orthogonal(torch.ones(factor**2))
+
+    def A(x: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = x.shape
+        blocks = x.reshape(b, c, h // factor, factor, w // factor, factor).transpose(3, 4).flatten(4)
+        return blocks @ axes.to(x)
+
+    def A_inverse(y: torch.Tensor) -> torch.Tensor:
+        b, c, rows, columns, _ = y.shape
+        blocks = (y @ axes.to(y)).unflatten(4, (factor, factor)).transpose(3, 4)
+        return blocks.reshape(b, c, rows * factor, columns * factor)
+
+    return Constraint(A, A_inverse, torch.arange(factor**2) == 0)
+
+
+def visible(reference: torch.Tensor, constraint: Constraint) -> torch.Tensor:
+    """The reference with its unknown coordinates at 0: all that an edit sees of it."""
+    known = constraint.A(reference)
+    return constraint.A_inverse(torch.where(constraint.known_mask.to(known.device), known, 0))
+
+
+def orthogonal(first: torch.Tensor) -> torch.Tensor:
+    """A symmetric orthogonal matrix (n, n), float64, whose first row points along `first` (n,), n >= 2.
+
+    Householder's reflection that swaps the first axis and that direction. `first` must not be the first axis itself.
+    """
+    direction = first.double() / torch.linalg.vector_norm(first.double())
+    eye = torch.eye(len(first), dtype=torch.float64)
+    normal = direction - eye[0]
+    return eye - 2 * torch.outer(normal, normal) / normal.dot(normal)
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+# From an image that is not known exactly ------------------------------------------------------------------------------
+
+
+def stroke(
+    model: Model,
+    drawing: torch.Tensor,  # (B, ...) or (1, ...), in [-1, 1]
+    sigmas: Sequence[float],  # the first: how much of the drawing is lost in noise
+    z: torch.Tensor,  # (B, ...) N(0, 1)
+    noise_at: NoiseAt | None = None,
+    sigma_min: float = 0.002,
+    **conditions: torch.Tensor | None,
+) -> torch.Tensor:
+    """Data that looks like the drawing from afar: multistep sampling from drawing + sigmas[0] z (SDEdit 2108.01073)."""
+    return multistep(model, z + drawing / sigmas[0], sigmas, noise_at, sigma_min, **conditions)
+
+
+def denoise(
+    model: Model,
+    noisy: torch.Tensor,  # (B, ...): clean data + sigmas[0] times white noise
+    sigmas: Sequence[float],  # the first: the noise level of `noisy`
+    noise_at: NoiseAt | None = None,
+    sigma_min: float = 0.002,
+    **conditions: torch.Tensor | None,
+) -> torch.Tensor:
+    """Clean data: multistep sampling from the noisy data itself, at its own level."""
+    return multistep(model, noisy / sigmas[0], sigmas, noise_at, sigma_min, **conditions)
+
+
+def noise_level(x: torch.Tensor) -> torch.Tensor:
+    """Standard deviation (B,) of the white noise in images (B, C, H, W), H and W >= 2, in their own units.
+
+    The median absolute deviation of the diagonal Haar details, of which clean images have few (Donoho & Johnstone
+    1994). Too high for images with fine texture; too low where clipping to [-1, 1] took noise away.
+    """
+    x = x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2]
+    details = (x[..., ::2, ::2] - x[..., ::2, 1::2] - x[..., 1::2, ::2] + x[..., 1::2, 1::2]) / 2
+    return details.flatten(1).abs().quantile(0.5, dim=1) / 0.67449  # the median of |N(0, 1)|
+
+
+def interpolate(
+    model: Model,
+    first: torch.Tensor,  # (1, ...) in [-1, 1]
+    second: torch.Tensor,  # (1, ...)
+    weights: torch.Tensor,  # (B,) in [0, 1]: 0 is `first`, 1 is `second`
+    sigmas: Sequence[float],  # the first: how much of the two is lost in noise
+    z: torch.Tensor,  # (2, ...) N(0, 1): the noise of the two
+    noise_at: NoiseAt | None = None,
+    sigma_min: float = 0.002,
+    **conditions: torch.Tensor | None,
+) -> torch.Tensor:
+    """Data (B, ...) between two images: their noise is turned from one to the other, the images beneath it blended.
+
+    At sigma_max, where noise is all there is, this is the interpolation of 2303.01469 appendix D.
+    """
+    alpha = weights.view(-1, *[1] * (z.ndim - 1)).to(z)
+    noise = slerp(z[:1].expand(len(alpha), *z.shape[1:]), z[1:].expand(len(alpha), *z.shape[1:]), weights)
+    return stroke(model, torch.lerp(first, second, alpha), sigmas, noise, noise_at, sigma_min, **conditions)
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Along the great circle from a to b (B, ...), each sample by its own angle and weight (B,)."""
+    shape = (-1, *[1] * (a.ndim - 1))
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
+    angle = cosine.acos().clamp(1e-4, math.pi - 1e-4).view(shape)  # not 0 / 0 where a is b or -b
+    alpha = weights.to(angle).view(shape)
+    return (((1 - alpha) * angle).sin() * a + (alpha * angle).sin() * b) / angle.sin()

@@ -1,0 +1,130 @@
+"""Which noise levels sample best, and what more steps bring: generate.py's --search-sigmas and --sweep."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import metrics
+import pictures
+import sampler
+from checkpoint import write_atomically
+from config import Config, ConfigError
+from data import Dataset
+
+if TYPE_CHECKING:
+    from generate import Drawing
+
+
+def search(
+    drawing: Drawing,  # its seed and number of samples are those of every trial, so that trials compare
+    steps: int,
+    cfg: Config,
+    dataset: Dataset | None,
+    device: torch.device,
+    path: Path,  # the store that `found` reads
+    step: int,  # the checkpoint's
+) -> None:
+    """Find the levels of 2 to `steps` evaluations with the lowest score, print every trial, and store the best."""
+    if drawing.solver == "heun":
+        raise ConfigError("--search-sigmas: this config samples by Heun's method; set sample.solver=multistep")
+    name = next((name for name in ("fid", "kid") if name in cfg.metrics.scores), None)
+    if name is None:
+        raise ConfigError(f"metrics.scores: {cfg.metrics.scores} holds neither fid nor kid, which the search lowers")
+    settings = cfg.metrics.model_copy(update={"scores": [name]})
+
+    def score(sigmas: list[float]) -> float:
+        images = replace(drawing, sigmas=sigmas).stream()
+        value = metrics.score(images, dataset, settings, cfg.data.dir, device)[name]
+        print(f"  {value:10.4g}   {_short(sigmas)}", flush=True)
+        return value
+
+    print(f"{drawing.num:,} samples a trial, seed {drawing.seed}; {metrics.features_name(settings)}")
+    print(f"  {name:>10}   levels")
+    n = cfg.network
+    score([n.sigma_max])
+    for sigmas, value in sampler.search_levels(score, steps, n.sigma_max, n.sigma_min):
+        entry = {"sigmas": sigmas, name: value, "features": metrics.features_name(settings), "samples": drawing.num}
+        remember(path, len(sigmas), {**entry, "seed": drawing.seed, "step": step})
+        print(f"--steps {len(sigmas)}: {_short(sigmas)}: {name} {value:.4g}, kept in {path}", flush=True)
+
+
+def sweep(
+    drawing: Drawing,
+    plans: dict[int, tuple[list[float], str]],  # steps -> noise levels and solver
+    cfg: Config,
+    dataset: Dataset | None,
+    device: torch.device,
+    path: Path,  # of the picture
+) -> None:
+    """Score with each number of steps; a table, and a plot of the first score."""
+    if drawing.solver == "heun":
+        raise ConfigError("--sweep: this config samples by Heun's method; set sample.solver=multistep")
+    rows: dict[int, dict[str, float]] = {}
+    for steps, (sigmas, solver) in plans.items():
+        trial = replace(drawing, sigmas=sigmas, solver=solver)
+        rows[steps] = metrics.score(trial.stream(), dataset, cfg.metrics, cfg.data.dir, device)
+        if len(rows) == 1:
+            print("steps" + "".join(f"{name:>11}" for name in rows[steps]) + "   levels")
+        values = "".join(f"{value:11.4g}" for value in rows[steps].values())
+        print(f"{steps:5}{values}   {_short(sigmas)}  ({trial.speed()})", flush=True)
+    name = next(iter(rows[steps]))
+    title = f"{name} ({metrics.features_name(cfg.metrics)}, {drawing.num:,} samples)"
+    values = [row[name] for row in rows.values()]
+    pictures.write_png(pictures.plot(list(rows), values, "evaluations of the network for a sample", title), path)
+    print(f"written: {path}")
+
+
+# sigmas.json in the run folder: {"2": {"sigmas": [80.0, 0.83], "fid": ..., "step": ...}, ...} ----
+
+
+def store(ckpt: str) -> Path:
+    """sigmas.json of the run that a checkpoint belongs to."""
+    folder = Path(ckpt).parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "sigmas.json"
+
+
+def found(path: Path, steps: int, sigma_max: float) -> dict[str, Any] | None:
+    """What a search found for `steps` evaluations, or None. Raises ConfigError for a store that makes no sense."""
+    entry = _read(path).get(str(steps))
+    if entry is None:
+        return None
+    sigmas = entry.get("sigmas") if isinstance(entry, dict) else None
+    numbers = isinstance(sigmas, list) and all(type(s) in (int, float) for s in sigmas) and len(sigmas) == steps
+    if not numbers or sigmas != sorted(set(sigmas), reverse=True) or not 0 < sigmas[-1] <= sigmas[0] <= sigma_max:
+        raise ConfigError(f"{path}: the levels for {steps} steps make no sense here; search again or delete the file")
+    return entry
+
+
+def remember(path: Path, steps: int, entry: dict[str, Any]) -> None:
+    """Put a result in the store, beside those for other numbers of steps."""
+    entries = {**_read(path), str(steps): entry}
+    lines = ",\n".join(f' "{key}": {json.dumps(entries[key])}' for key in sorted(entries, key=int))
+    write_atomically(path, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
+
+
+def describe(entry: dict[str, Any]) -> str:
+    """How levels were found: 'fid 1.2 on classifier features, 5000 samples, seed 0, step 3000'."""
+    name = "fid" if "fid" in entry else "kid"
+    value, features, samples = entry.get(name, float("nan")), entry.get("features"), entry.get("samples")
+    return f"{name} {value:.4g} on {features}, {samples} samples, seed {entry.get('seed')}, step {entry.get('step')}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text())
+        if isinstance(entries, dict) and all(key.isdecimal() for key in entries):
+            return entries
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise ConfigError(f"{path}: is no list of noise levels; delete it, and search again")
+
+
+def _short(sigmas: list[float]) -> str:
+    return ", ".join(f"{sigma:.4g}" for sigma in sigmas)

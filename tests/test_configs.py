@@ -1,0 +1,150 @@
+"""The published recipes: each passes the schema, builds its network and objective, and fits what it starts from."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+import networks
+import objectives
+from augment import AUGMENT_DIM
+
+ROOT = Path(__file__).parent.parent
+FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yml"))}
+CLASSES = {"cifar10": 10, "mnist": 10, "imagenet9": 9, "folder": 1000}  # the only labelled folder is ImageNet's
+NATIVE = {"cifar10": (32, 3), "mnist": (32, 1)}  # pixels and channels
+
+# Millions of parameters, as published: DDPM++ and NCSN++ in 2406.14548 table 1, ADM in 2105.05233 table 9
+PUBLISHED = {
+    "cifar10_edm": 55.7,
+    "cifar10_ect": 55.7,
+    "cifar10_tcm": 55.7,
+    "cifar10_cmt": 55.7,
+    "cifar10_ct": 56.4,
+    "cifar10_cd": 56.4,
+    "cifar10_pd": 56.4,
+    "cifar10_ict": 56.4,
+    "imagenet64_edm": 296,
+    "imagenet64_cd": 296,
+    "imagenet64_ct": 296,
+}
+
+
+def header(path: Path) -> str:
+    """The comment that a config starts with, its broken lines joined."""
+    lines = path.read_text().split("\n\n")[0].splitlines()
+    return "\n".join(line.removeprefix("#").strip() for line in lines).replace("\\\n", "")
+
+
+@functools.cache
+def load(path: Path, *overrides: str) -> config.Config:
+    return config.load(path, list(overrides))
+
+
+def commands(path: Path) -> list[config.Config]:
+    """The configs of the training commands in a config's header."""
+    found = re.findall(r"main\.py --cfg (\S+)(.*)", header(path))
+    return [load(ROOT / name, *overrides.split()) for name, overrides in found]
+
+
+def build(cfg: config.Config) -> networks.Preconditioner:
+    """The config's network, without memory for its weights."""
+    resolution, channels = NATIVE.get(cfg.data.name, (cfg.data.resolution, cfg.data.channels))
+    label_dim = CLASSES[cfg.data.name] if cfg.data.conditional else 0
+    with torch.device("meta"):
+        return networks.build(cfg.network, resolution, channels, label_dim, AUGMENT_DIM if cfg.data.augment else 0)
+
+
+def millions(model: torch.nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_network_and_objective_build(name):
+    cfg = load(FILES[name])
+    model = build(cfg)
+    if name in PUBLISHED:
+        assert millions(model) == pytest.approx(PUBLISHED[name], rel=0.005)
+    if getattr(cfg.objective, "metric", None) == "lpips":  # VGG's weights may not be here
+        cfg = load(FILES[name], "objective.metric=l2")
+    assert isinstance(objectives.build(cfg, model, model), torch.nn.Module)
+
+
+def test_adm_at_256_pixels_has_its_published_size():
+    """552M with AdaGN (2105.05233 table 9, LSUN); OpenAI's consistency models go without."""
+    path = FILES["lsun256_ct"]
+    assert millions(build(load(path, "network.scale_shift_norm=true"))) == pytest.approx(552, rel=3e-3)
+    assert millions(build(load(path))) == pytest.approx(526, rel=1e-3)
+
+
+def test_ict_deep_has_twice_the_blocks():
+    assert millions(build(load(FILES["cifar10_ict"], "network.num_blocks=8"))) == pytest.approx(97.6, rel=1e-3)
+
+
+@functools.cache
+def every_run() -> dict[Path, config.Config]:
+    """Run folder -> config: every file, and every command in a header."""
+    cfgs = [load(path) for path in FILES.values()]
+    for path in FILES.values():
+        cfgs += commands(path)
+    return {cfg.run.folder: cfg for cfg in reversed(cfgs)}  # a file before the commands that run it
+
+
+@functools.cache
+def pairs() -> list:
+    """(name, the config that starts from another run's weights, that run's folder)."""
+    found = []
+    for name, path in FILES.items():
+        for i, cfg in enumerate([load(path), *commands(path)]):
+            for key, source in (
+                ("teacher", getattr(cfg.objective, "teacher", None)),
+                ("init_from", cfg.train.init_from),
+            ):
+                if source:
+                    found.append(pytest.param(cfg, Path(source), id=f"{name}-{i}-{key}"))
+    return found
+
+
+@pytest.mark.parametrize(("student", "source"), pairs())
+def test_a_student_has_the_network_of_the_run_it_starts_from(student, source):
+    assert source.parts[-2:] == ("checkpoints", "last.ckpt")
+    teacher = every_run()[source.parent.parent]
+    ours, theirs = student.network.model_dump(), teacher.network.model_dump()
+    for key in ("precond", "dropout"):  # what may change: the boundary, and regularisation
+        del ours[key], theirs[key]
+    assert ours == theirs
+    assert (student.network.precond == "trigflow") == (teacher.network.precond == "trigflow")
+    wanted = {"cd": "edm", "pd": "edm", "cmt": "edm", "scd": "trigflow", "sct": "trigflow", "tcm": "ect"}
+    if student.objective.name in wanted:
+        assert teacher.objective.name == wanted[student.objective.name]
+    for key in ("name", "resolution", "channels", "conditional"):
+        assert getattr(student.data, key) == getattr(teacher.data, key)
+
+
+def test_pairs_are_those_we_publish():
+    """The test above sees every method that starts from another's weights."""
+    assert {p.values[0].objective.name for p in pairs()} == {"cd", "pd", "cmt", "sct", "scd", "tcm", "ect"}
+    assert len(pairs()) >= 15
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_headers_say_the_figure_the_command_and_the_way_without_vgg(name):
+    path, cfg = FILES[name], load(FILES[name])
+    assert cfg.run.name == name
+    assert re.search(r"Published.*FID \d+\.\d+|No published recipe", header(path), re.DOTALL)
+    if getattr(cfg.objective, "teacher", None):
+        runs = [c for c in commands(path) if c.run.name == name]
+        assert len(runs) == 1 and runs[0].objective.name == cfg.objective.name
+    if getattr(cfg.objective, "metric", None) == "lpips":
+        assert re.search(r"cannot be had: (objective\.)?metric[=:] ?(l2|pseudo_huber)", path.read_text())
+
+
+def test_cmt_goes_on_to_ect_with_a_constant_q_of_4096():
+    mid, ect = commands(FILES["cifar10_cmt"])
+    assert mid.objective.name == "cmt" and mid.train.lr_decay == "linear"
+    assert (ect.objective.q, ect.objective.double_kimg, ect.train.lr_decay) == (4096, None, "linear")
+    assert ect.train.steps * ect.train.batch_size == 12_800_000
+    assert mid.train.steps * mid.train.batch_size == 38_400_000
