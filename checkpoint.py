@@ -143,7 +143,12 @@ def initialise(model: torch.nn.Module, path: str | Path) -> None:
     weights = state["ema"][0]
     if "model.map_augment.weight" not in model.state_dict():
         weights.pop("model.map_augment.weight", None)
-    if (config_of(state, path).network.precond == "trigflow") != (model.precond == "trigflow"):
+    there = config_of(state, path).network
+    if there.c_noise != model.c_noise and model.c_noise != "t":  # with t the weights are only a start, as in sCM
+        raise CheckpointError(
+            f"{path}: is of another network: network.c_noise is {there.c_noise} there and {model.c_noise} here"
+        )
+    if (there.precond == "trigflow") != (model.precond == "trigflow"):
         for name in filter(OUTPUT_LAYER.fullmatch, weights):  # F of TrigFlow is minus F of EDM
             weights[name] = -weights[name]
     _fill(model, weights, path)

@@ -354,7 +354,7 @@ class Train(Section):
     grad_clip: Positive | None = None
     """Largest norm of the gradient. null: not clipped."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
-    """Arithmetic inside the network. auto: bf16 on a GPU that has it, fp16 on older ones, fp32 on a CPU."""
+    """Arithmetic inside the network. auto: bf16 where GPU or CPU has it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the network. auto: on a GPU."""
     init_from: str | None = None
@@ -381,10 +381,10 @@ class Sample(Section):
 
 
 class Metrics(Section):
-    features: Literal["inception", "classifier"] = "inception"
-    """Features to compare: InceptionV3's, or those of a small classifier trained on the dataset's own labels."""
+    features: Literal["inception", "classifier", "dinov2", "clip"] = "inception"
+    """Features to compare: InceptionV3, DINOv2, CLIP, or a small classifier trained on the dataset's own labels."""
     weights: str | None = None
-    """Local file with torch-fidelity's InceptionV3 weights. null: downloaded."""
+    """Local file with torch-fidelity's InceptionV3 or CLIP weights. null: downloaded."""
     reference: str | None = None
     """EDM's reference statistics (npz with mu and sigma) instead of the training set; inception only."""
     scores: list[Literal["fid", "kid", "isc", "prc"]] = Field(["fid"], min_length=1)
@@ -683,7 +683,7 @@ def _check_together(cfg: Config, place) -> None:
             "holds Inception statistics; set metrics.features: inception",
         ),
         (
-            cfg.metrics.features == "classifier" and "isc" in cfg.metrics.scores,
+            cfg.metrics.features != "inception" and "isc" in cfg.metrics.scores,
             "metrics.scores",
             "isc is defined on Inception's classes; set metrics.features: inception",
         ),

@@ -67,5 +67,14 @@ def pick_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type != "cuda":
-        return "fp32"
+        return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere that is slow. Only Linux tells; others are a no."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return not {"avx512_bf16", "amx_bf16"}.isdisjoint(file.read(20_000).split())
+    except OSError:
+        return False

@@ -34,6 +34,7 @@ class EMA:
         warmup: float = 0.0,  # see warmed_up
     ):
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.module.autocast = None  # sampled in float32, as generate.py will
         self.decay, self.warmup = decay, warmup
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from config import Config, ConfigError
 from devices import any_rank, pick_device, pick_precision, place, rank_0_first
 from draws import Draws, key
 from ema import EMA, decay_from_half_life
+from flat import FlatParameters
 from logs import RunLog
 from losses import WeightsMissing
 
@@ -144,10 +145,8 @@ class Trainer:
     def _build_optimizer(self) -> torch.optim.Optimizer:
         cfg, on_gpu = self.cfg.train, self.device.type == "cuda"
         parameters = [p for m in (self.model, self.objective) for p in m.parameters() if p.requires_grad]
-        # One flat buffer holds every gradient: one norm, one mask and one all-reduce a step.
-        self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=self.device, dtype=parameters[0].dtype)
-        for p, part in zip(parameters, self.gradient.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.as_strided(p.shape, p.stride())  # in the weight's own layout
+        self.flat = FlatParameters(parameters)
+        self.gradient, parameters = self.flat.gradient, [self.flat.vector]
         # On a GPU the rate is a tensor, so that a bad step can be masked there without waiting for the result.
         lr = torch.tensor(cfg.lr, device=self.device) if on_gpu else cfg.lr
         options = {"lr": lr, "betas": tuple(cfg.betas)}
@@ -203,9 +202,20 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": [ema.module.state_dict() for ema in self.emas],
             "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
+            "optimizer": self.optimizer_state(),
             "scaler": self.scaler.state_dict(),
         }
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's moments as one tensor a parameter, and its scalars."""
+        own = self.optimizer.state[self.flat.vector]
+        return {name: self.flat.split(v) if v.shape == self.gradient.shape else v for name, v in own.items()}
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Only the state: how the optimizer works (fused, capturable) is this device's choice, not the checkpoint's."""
+        own = {name: self.flat.join(v) if isinstance(v, list) else v for name, v in state.items()}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {0: own} if own else {}, "param_groups": groups})
 
     def class_counts(self) -> list[int] | None:
         """Training images of each class; None for an unconditional network."""
@@ -238,9 +248,7 @@ class Trainer:
         for ema, weights in zip(self.emas, state["ema"], strict=True):
             ema.module.load_state_dict(weights)
         self.objective.load_state_dict(state["objective"])
-        # Only the state: how the optimizer works (fused, capturable) is this device's choice, not the checkpoint's.
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self.load_optimizer_state(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 

@@ -44,7 +44,7 @@ TINY = {
     "network": {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1},
     "objective": {"name": "ect", "double_kimg": 0.05},
     "ema": {"decay": [0.9, 0.99], "warmup": 0.0},
-    "train": {"steps": 6, "batch_size": 16, "lr": 1e-3, "log_every": 2, "save_every": 2},
+    "train": {"steps": 6, "batch_size": 16, "lr": 1e-3, "log_every": 2, "save_every": 2, "precision": "fp32"},
     "sample": {"grid": 4},
     "metrics": {"features": "classifier", "num": 100, "at_end": False},
 }

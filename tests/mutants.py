@@ -116,7 +116,7 @@ MUTANTS = [
     Mutant(
         "ict-P_mean-sign", "schedules.py",
         "(sigmas.log() - P_mean)", "(sigmas.log() + P_mean)",
-        "pairs around e^1.1: Kinyugo/consistency_models #5", "schedules objectives",
+        "pairs around e^1.1: Kinyugo/consistency_models #5", "schedules",
     ),
     Mutant(
         "ict-pairs-uniform", "objectives/ict.py",
@@ -141,7 +141,7 @@ MUTANTS = [
     Mutant(
         "ect-stage-in-images", "objectives/__init__.py",
         "o.double_kimg * 1000 / batch if", "o.double_kimg * 1000 if",
-        "stages counted in steps, not images", "objectives trainer:option or metric or reaches or ect",
+        "stages counted in steps, not images", "distillation:option",
     ),
     Mutant(
         "grid-reversed", "schedules.py",
@@ -171,12 +171,12 @@ MUTANTS = [
         "metric-ignored-in-ict", "objectives/ict.py",
         "self.total_steps, self.distance = total_steps, distance",
         "self.total_steps, self.distance = total_steps, pseudo_huber",
-        "objective.huber_c changes nothing", "objectives distillation:option",
+        "objective.huber_c changes nothing", "distillation:option",
     ),
     Mutant(
         "mu-ignored-in-cd", "objectives/__init__.py",
         "how = (o.N, o.mu, o.solver,", "how = (o.N, 0.0, o.solver,",
-        "objective.mu changes nothing", "objectives distillation:option",
+        "objective.mu changes nothing", "distillation:option",
     ),
     Mutant(
         "ct-weight-of-the-target", "objectives/ct.py",
@@ -218,7 +218,7 @@ MUTANTS = [
     Mutant(
         "noise-not-shared-tcm", "objectives/tcm.py",
         "x_r = x + like(r, x) * noise", "x_r = x + like(r, x) * torch.randn_like(x)",
-        "the target sees another noise", "distillation",
+        "the target sees another noise", "objectives",
     ),
     Mutant(
         "mask-not-shared-ct", "objectives/ct.py",
@@ -238,7 +238,7 @@ MUTANTS = [
     Mutant(
         "mask-not-shared-tcm", "objectives/tcm.py",
         "with replayed(dropout, x.device):", "if dropout:",
-        "two dropout masks", "distillation",
+        "two dropout masks", "objectives",
     ),
     Mutant(
         "mask-not-shared-scm", "objectives/scm.py",
@@ -263,44 +263,44 @@ MUTANTS = [
     Mutant(
         "stop-gradient-missing-tcm", "objectives/tcm.py",
         "        with torch.no_grad():\n            with replayed", "        if True:\n            with replayed",
-        "the target is pulled to the student", "distillation",
+        "the target is pulled to the student", "objectives",
     ),
     Mutant(
         "stop-gradient-missing-scm", "objectives/scm.py",
         "with torch.no_grad(), replayed(dropout, x.device):", "with replayed(dropout, x.device):",
-        "the tangent learns too, and F - sg F has no gradient", "distillation",
+        "the tangent learns too, and F - sg F has no gradient", "objectives",
     ),
     # Labels
     Mutant(
         "target-without-labels-ct", "objectives/ct.py",
         "D_target = self.target(x_low, low, **conditions)", "D_target = self.target(x_low, low)",
-        "the target is unconditional", "objectives distillation",
+        "the target is unconditional", "distillation:labels",
     ),
     Mutant(
         "target-without-labels-ict", "objectives/ict.py",
         "noise, low, **conditions)", "noise, low)",
-        "the target is unconditional", "objectives distillation",
+        "the target is unconditional", "distillation:labels",
     ),
     Mutant(
         "student-without-labels-ect", "objectives/ect.py",
         "D_t = model(x + like(t, x) * noise, t, **conditions)", "D_t = model(x + like(t, x) * noise, t)",
-        "the labels are dropped in training", "objectives distillation",
+        "the labels are dropped in training", "distillation:labels",
     ),
     Mutant(
         "teacher-without-labels-pd", "objectives/pd.py",
         "self.teacher(x, high, **conditions)", "self.teacher(x, high)",
-        "the teacher's steps are unconditional", "distillation",
+        "the teacher's steps are unconditional", "distillation:labels",
     ),
     Mutant(
         "frozen-stage-without-labels-tcm", "objectives/tcm.py",
         "self.stage1(x_r, r, **conditions)", "self.stage1(x_r, r)",
-        "the targets below t' are unconditional", "distillation",
+        "the targets below t' are unconditional", "distillation:labels",
     ),
     Mutant(
         "labels-of-other-trajectories-cmt", "objectives/cmt.py",
         "many = {name: v.repeat(self.steps, *[1] * (v.ndim - 1))",
         "many = {name: v.repeat_interleave(self.steps, 0)",
-        "points are given the labels of other trajectories", "distillation",
+        "points are given the labels of other trajectories", "distillation:cmt",
     ),
     Mutant(
         "samples-without-labels", "sampler.py",
@@ -346,7 +346,7 @@ MUTANTS = [
     Mutant(
         "cmt-ends-of-other-trajectories", "objectives/cmt.py",
         "target = end.repeat(self.steps, *[1] * (x.ndim - 1))", "target = end.repeat_interleave(self.steps, 0)",
-        "points are mapped onto other trajectories' ends", "distillation",
+        "points are mapped onto other trajectories' ends", "distillation:cmt",
     ),
     Mutant(
         "pd-student-never-becomes-teacher", "objectives/pd.py",
@@ -377,7 +377,7 @@ MUTANTS = [
     Mutant(
         "grid-from-raw-weights", "trainer.py",
         "sampler.generate(self.emas[0].module,", "sampler.generate(self.model,",
-        "raw weights sampled in training", "trainer:average or ema or samples",
+        "raw weights sampled in training", "trainer:average",
     ),
     Mutant(
         "raw-weights-loaded", "checkpoint.py",
@@ -450,17 +450,17 @@ MUTANTS = [
     Mutant(
         "draws-not-keyed-by-place", "draws.py",
         "return rows[self.start : self.start + self.count]", "return rows[: self.count]",
-        "every microbatch and rank gets the first rows' noise", "objectives trainer:draws or microbatches",
+        "every microbatch and rank gets the first rows' noise", "objectives",
     ),
     Mutant(
         "same-draws-at-every-step", "trainer.py",
         'key(self.cfg.run.seed, "objective", self.step)', 'key(self.cfg.run.seed, "objective")',
-        "one noise for the whole run", "trainer:draws",
+        "one noise for the whole run", "trainer:draws_anew",
     ),
     Mutant(
         "same-dropout-at-every-step", "trainer.py",
         'key(self.cfg.run.seed, "dropout", self.step, self.rank, start)', 'key(self.cfg.run.seed, "dropout")',
-        "one dropout mask for the whole run: elixir-nx/axon #423", "trainer:draws",
+        "one dropout mask for the whole run: elixir-nx/axon #423", "trainer:draws_anew",
     ),
     Mutant(
         "labels-never-leave-the-loop", "trainer.py",
@@ -500,13 +500,13 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-def copy_repository(folder: Path) -> None:
-    """Copy what the tests need of the repository to `folder`."""
-    for path in ROOT.iterdir():
+def copy_repository(source: Path, folder: Path) -> None:
+    """Copy what the tests need of the repository at `source` to `folder`."""
+    for path in source.iterdir():
         if path.suffix in (".py", ".yml", ".toml", ".json"):
             shutil.copy(path, folder / path.name)
     for name in ("configs", "networks", "objectives", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 class Failures:
@@ -541,16 +541,19 @@ def run_tests(folder: Path, tests: str, *options: str) -> dict[str, str]:
     return failures.said
 
 
-def baseline(tests: str) -> set[str]:
-    """The tests among `tests` that fail without any error."""
-    return set(run_tests(ROOT, tests))
+def baseline(tests: str, source: Path) -> set[str]:
+    """The tests among `tests` that fail in the repository at `source` as it is."""
+    return set(run_tests(source, tests))
 
 
-def judge(mutant: Mutant, already: set[str]) -> tuple[str, str]:
-    """Apply a mutant to a copy and run its tests: the test that caught it, or in capitals what it was; and why."""
+def judge(mutant: Mutant, source: Path, already: set[str]) -> tuple[str, str]:
+    """Run a mutant's tests in a copy of `source` that has it: the test that caught it and what that says.
+
+    Capitals in place of the test's name: nothing caught it.
+    """
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name).resolve()
-        copy_repository(folder)
+        copy_repository(source, folder)
         text = (folder / mutant.file).read_text()
         if text.count(mutant.old) != 1:
             return f"NOT FOUND: its text is {text.count(mutant.old)} times in {mutant.file}", ""
@@ -572,15 +575,21 @@ def main(names: list[str]) -> int:
         print(f"no mutant {unknown[0]}; there are {', '.join(known)}", file=sys.stderr)
         return 2
     chosen = [known[name] for name in names] or MUTANTS
-    context = multiprocessing.get_context("forkserver")  # one fresh process a mutant, forked with torch loaded
+    context = multiprocessing.get_context("forkserver")  # a process for each mutant, forked with torch loaded
     context.set_forkserver_preload(PRELOAD)
-    with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        already = set().union(*pool.imap(baseline, sorted({mutant.tests for mutant in chosen}), chunksize=1))
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as name,
+        context.Pool(os.cpu_count(), maxtasksperchild=1) as pool,
+    ):
+        source = Path(name).resolve()
+        copy_repository(ROOT, source)  # the working tree may change while this runs
+        tests = sorted({mutant.tests for mutant in chosen})
+        already = set().union(*pool.imap(functools.partial(baseline, source=source), tests))
         for test in sorted(already):
             print(f"fails without any error, and is left out: {test}")
         print("| error | file | what it does, where it was seen | caught by |\n| --- | --- | --- | --- |")
         bad = 0
-        verdicts = pool.imap(functools.partial(judge, already=already), chosen, chunksize=1)
+        verdicts = pool.imap(functools.partial(judge, source=source, already=already), chosen)
         for mutant, (verdict, why) in zip(chosen, verdicts, strict=True):
             bad += not verdict.startswith("tests/")
             print(f"| {mutant.name} | {mutant.file} | {mutant.what} | {verdict} |", flush=True)

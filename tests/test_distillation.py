@@ -308,7 +308,7 @@ def build(folder, name, model, teacher, **options):
     clock = {"precond": "trigflow"} if name in ("trigflow", "sct", "scd") else {}
     section = {"name": name, **needs_teacher, **options}
     cfg = tiny(folder, objective=section, network=clock, data={"conditional": True})
-    return objectives.build(cfg, model, teacher), cfg
+    return objectives.build(cfg, model, teacher if needs_teacher else None), cfg
 
 
 PASSES = {"edm": 1, "ct": 2, "ict": 2, "ect": 2, "cd": 4, "sct": 2, "scd": 3, "tcm": 3, "pd": 3}

@@ -127,7 +127,7 @@ def test_ct_target_follows_mu_of_k():
 
 @pytest.mark.parametrize("name", ["ct", "ict", "ect", "tcm", "sct"])
 def test_no_gradient_flows_through_the_target(name):
-    kind = "cm" if name in ("ct", "ict") else "edm"
+    kind = {"ct": "cm", "ict": "cm", "sct": "trigflow"}.get(name, "edm")
     model = analytic(0.7, kind)
     objective = make(name, model)
     x = CT["x0"]

@@ -1,0 +1,44 @@
+"""All trainable parameters as one vector: one optimizer step, one norm, one mask and one all-reduce for all of them."""
+
+from __future__ import annotations
+
+import torch
+
+ALIGN = 16  # elements; every parameter starts at a multiple, which vector units and compiled kernels want
+
+
+class FlatParameters:
+    """Moves parameters and their gradients into two vectors; the modules keep views of them and notice nothing.
+
+    Each view has its parameter's own layout (channels_last on a GPU), so the vector's order is this device's: `split`
+    and `join` translate it to and from separate tensors in the standard layout, for checkpoints.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        self.parameters = parameters
+        self.starts, size = [], 0
+        for p in parameters:
+            self.starts.append(size)
+            size += -(-p.numel() // ALIGN) * ALIGN
+        like = parameters[0]
+        self.vector = torch.nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device))
+        self.gradient = self.vector.grad = torch.zeros_like(self.vector.data)
+        for p, value, gradient in zip(parameters, *map(self.views, (self.vector.data, self.gradient)), strict=True):
+            value.copy_(p.data)
+            p.data, p.grad = value, gradient
+
+    def views(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a vector in the parameters' shapes and layouts."""
+        pairs = zip(self.parameters, self.starts, strict=True)
+        return [vector.as_strided(p.shape, p.stride(), vector.storage_offset() + start) for p, start in pairs]
+
+    def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """A vector of the optimizer as one contiguous tensor a parameter."""
+        return [view.clone(memory_format=torch.contiguous_format) for view in self.views(vector)]
+
+    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """What `split` took apart."""
+        vector = torch.zeros_like(self.vector.data)
+        for view, tensor in zip(self.views(vector), tensors, strict=True):
+            view.copy_(tensor)
+        return vector
