@@ -57,6 +57,11 @@ def train(cfg: Config, resume: bool = False) -> None:
     run.open_folder()
     try:
         run.loop()
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"train.microbatch: {run.device} has no memory for {run.microbatch} images a pass; set "
+            f"train.microbatch={max(run.microbatch // 2, 1)}: gradients accumulate, the batch stays"
+        ) from None
     finally:
         run.log.close()
 
@@ -98,6 +103,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self._compile()
         self.sums: dict[str, Any] = defaultdict(float)  # since the last log; tensors stay on the device
+        self.counts: dict[str, Any] = defaultdict(float)  # of the sums that are not over steps
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)  # steps with a non-finite gradient
         self.stopping = False
 
@@ -352,13 +358,19 @@ class Trainer:
     def add_to_log(self, values: dict[str, Any], weight: float = 1.0) -> None:
         """Add to the sums that the next log entry averages; tensors are not read here."""
         for name, value in values.items():
-            self.sums[name] += weight * (value.detach() if torch.is_tensor(value) else value)
+            if isinstance(value, tuple):  # (sum, count) of a part of the batch
+                value, count = value
+                self.counts[name] += count
+            else:
+                value = weight * value
+            self.sums[name] += value.detach() if torch.is_tensor(value) else value
 
     def write_log(self) -> None:
         """Log the means over the steps since the last entry."""
         steps = self.step - self.log.step
-        means = {name: float(total) / steps for name, total in self.sums.items()}
+        means = {name: float(total) / max(float(self.counts.get(name, steps)), 1) for name, total in self.sums.items()}
         self.sums.clear()
+        self.counts.clear()
         self.log.progress(self.step, {**means, "skipped_steps": int(self.skipped)})
 
     def samples(self, count: int, labels: torch.Tensor | None) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from draws import Draws
 from losses import Distance
-from objectives.common import Output
+from objectives.common import Output, by_level
 from sampler import dpm_solver_trajectory
 
 
@@ -44,4 +44,5 @@ class MidTraining(torch.nn.Module):
         sigma = sigmas.to(x).repeat_interleave(len(start))
         D = model(points.flatten(0, 1), sigma, **many)
         target = end.repeat(self.steps, *[1] * (x.ndim - 1))
-        return Output(self.distance(D, target).mean(), {})
+        loss = self.distance(D, target)
+        return Output(loss.mean(), by_level(loss, sigma))

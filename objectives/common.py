@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +15,25 @@ class Output:
     """What an objective returns."""
 
     loss: torch.Tensor  # scalar, to call backward on
-    log: dict[str, torch.Tensor | float] = field(default_factory=dict)  # name -> scalar for the curves
+    # Name -> scalar for the curves, or (sum, count) of a mean over part of the batch.
+    log: dict[str, torch.Tensor | float | tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 def like(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """v (B,) shaped to broadcast over x (B, ...), in x's dtype."""
     return v.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+LEVELS = (0.0, 0.1, 1.0, 10.0, float("inf"))  # bins of sigma for the curves
+
+
+def by_level(loss: torch.Tensor, sigma: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The loss (B,) in bins of the noise level (B,), as (sum, count): which levels learn, and which do not."""
+    bins = {}
+    for low, high in itertools.pairwise(LEVELS):
+        inside = (sigma >= low) & (sigma < high)
+        bins[f"loss_by_sigma/{low:g}-{high:g}"] = (loss.detach() * inside).sum(), inside.sum()
+    return bins
 
 
 def rng_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

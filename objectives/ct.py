@@ -8,7 +8,7 @@ import torch
 
 from draws import Draws
 from losses import Distance
-from objectives.common import Output, like, replayed, rng_state
+from objectives.common import Output, by_level, like, replayed, rng_state
 from schedules import ct_levels, ct_target_decay, karras_sigmas
 
 
@@ -73,7 +73,7 @@ class ConsistencyTraining(torch.nn.Module):
             with replayed(dropout, x.device):
                 D_target = self.target(x_low, low, **conditions)
         loss = snr_weight(self.weighting, high, self.sigma_data) * self.distance(D, D_target)
-        return Output(loss.mean(), {"N": N, "mu": self.target_decay(step)})
+        return Output(loss.mean(), {"N": N, "mu": self.target_decay(step), **by_level(loss, high)})
 
     def lower_point(self, x_high, high, low, x, noise, conditions) -> torch.Tensor:
         """x_n, where the target looks: the same noise at the lower level. CD asks its teacher instead."""

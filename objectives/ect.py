@@ -8,7 +8,7 @@ import torch
 
 from draws import Draws
 from losses import pseudo_huber
-from objectives.common import Output, like, replayed, rng_state
+from objectives.common import Output, by_level, like, replayed, rng_state
 from schedules import ect_r
 
 
@@ -53,4 +53,5 @@ class EasyConsistencyTuning(torch.nn.Module):
             D_r = model(x + like(at, x) * noise, at, **conditions)
             target = torch.where(like(r, x) > 0, D_r, x)
         loss = pseudo_huber(D_t, target, self.huber_c) / (t - r)
-        return Output(loss.mean(), {"stage": self.stage(step), "gap": ((t - r) / t).mean()})
+        log = {"stage": self.stage(step), "gap": ((t - r) / t).mean()}
+        return Output(loss.mean(), {**log, **by_level(loss, t)})

@@ -6,7 +6,7 @@ import torch
 
 from draws import Draws
 from losses import l2
-from objectives.common import Output, like
+from objectives.common import Output, by_level, like
 
 
 class EDM(torch.nn.Module):
@@ -33,4 +33,5 @@ class EDM(torch.nn.Module):
             noise = draws.normal(x.shape, x.dtype)
         D = model(x + like(sigma, x) * noise, sigma, **conditions)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        return Output((weight * l2(D, x)).mean())
+        loss = weight * l2(D, x)
+        return Output(loss.mean(), by_level(loss, sigma))

@@ -8,7 +8,7 @@ import torch
 
 from draws import Draws
 from losses import Distance, pseudo_huber
-from objectives.common import Output, like, replayed, rng_state
+from objectives.common import Output, by_level, like, replayed, rng_state
 from schedules import ict_index_probabilities, ict_levels, karras_sigmas
 
 
@@ -60,4 +60,5 @@ class ImprovedConsistencyTraining(torch.nn.Module):
         D = model(x + like(high, x) * noise, high, **conditions)
         with torch.no_grad(), replayed(dropout, x.device):
             D_target = model(x + like(low, x) * noise, low, **conditions)
-        return Output((self.distance(D, D_target) / (high - low)).mean(), {"N": N})
+        loss = self.distance(D, D_target) / (high - low)
+        return Output(loss.mean(), {"N": N, **by_level(loss, high)})

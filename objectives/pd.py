@@ -8,7 +8,7 @@ import torch
 
 from draws import Draws
 from losses import l2
-from objectives.common import Output, like
+from objectives.common import Output, by_level, like
 from objectives.ct import snr_weight
 
 
@@ -59,7 +59,8 @@ class ProgressiveDistillation(torch.nn.Module):
             x_end = self.euler(x_half, half, end, conditions)
             target = x_t - like(t / (end - t), x) * (x_end - x_t)  # the D whose one step ends at x_end
         D = model(x_t, t, **conditions)
-        return Output((snr_weight(self.weighting, t, self.sigma_data) * l2(D, target)).mean(), {"N": N})
+        loss = snr_weight(self.weighting, t, self.sigma_data) * l2(D, target)
+        return Output(loss.mean(), {"N": N, **by_level(loss, t)})
 
     def euler(self, x: torch.Tensor, high: torch.Tensor, low: torch.Tensor, conditions: dict) -> torch.Tensor:
         """The teacher's Euler step from noise level `high` to `low`, (B,) each."""

@@ -9,7 +9,7 @@ import torch
 
 from draws import Draws
 from networks import plain_attention
-from objectives.common import Output, guided, like, replayed, rng_state
+from objectives.common import Output, by_level, guided, like, replayed, rng_state
 
 # torch scripts its own forward-mode rules when they are first used, and warns of it.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
@@ -78,7 +78,8 @@ class ContinuousConsistency(torch.nn.Module):
         w = self.weight(t).to(x.dtype)
         square = (F - F_fixed - g).square().reshape(len(x), -1).mean(1)
         loss = w.exp() * square - w
-        return Output(loss.mean(), {"tangent_norm": norm.mean(), "w": w.mean(), "square": square.mean()})
+        log = {"tangent_norm": norm.mean(), "w": w.mean(), "square": square.mean()}
+        return Output(loss.mean(), {**log, **by_level(loss, sd * t.tan())})
 
     def teacher_slope(self, x_t: torch.Tensor, t: torch.Tensor, conditions: dict) -> torch.Tensor:
         """dx/dt = sd F_teacher, from the teacher's denoiser: (cos(t) x_t - D) / sin(t)."""

@@ -6,7 +6,7 @@ import torch
 
 from draws import Draws
 from losses import pseudo_huber
-from objectives.common import Output, like, replayed, rng_state
+from objectives.common import Output, by_level, like, replayed, rng_state
 from schedules import ect_r, truncated_student_t
 
 
@@ -62,7 +62,8 @@ class TruncatedConsistency(torch.nn.Module):
         loss = pseudo_huber(D_t, target, self.huber_c) / (t - r)
         boundary = t <= self.t_prime
         main, edge = mean_where(loss, ~boundary), mean_where(loss, boundary)
-        return Output(main + self.boundary_weight * edge, {"main": main, "boundary": edge, "gap": ((t - r) / t).mean()})
+        log = {"main": main, "boundary": edge, "gap": ((t - r) / t).mean(), **by_level(loss, t)}
+        return Output(main + self.boundary_weight * edge, log)
 
 
 def mean_where(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

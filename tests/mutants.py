@@ -561,7 +561,7 @@ def judge(mutant: Mutant, source: Path, already: set[str]) -> tuple[str, str]:
         compile(text, mutant.file, "exec")  # an error must train, and train badly
         (folder / mutant.file).write_text(text)
         failures = run_tests(folder, mutant.tests, "-x", *[f"--deselect={test}" for test in already])
-        module = sys.modules.get(mutant.file.removesuffix(".py").replace("/", "."))
+        module = sys.modules.get(mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
         os.chdir("/")
     if module is None or not module.__file__.startswith(str(folder)):
         return "NOT LOADED by its tests", ""

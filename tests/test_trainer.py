@@ -77,6 +77,8 @@ def test_training_learns_and_leaves_a_whole_run_folder(tmp_path, capsys):
     assert (folder / "samples" / "step-00000060.png").stat().st_size > 200
     events = EventAccumulator(str(folder), size_guidance={"images": 1}).Reload()
     assert {"loss", "grad_norm", "lr", "images_per_second"} <= set(events.Tags()["scalars"])
+    bins = [v for k, v in entries[0].items() if k.startswith("loss_by_sigma/")]
+    assert len(bins) == 4 and min(bins) < entries[0]["loss"] < max(bins)
     assert events.Tags()["images"] == ["samples"]
     said = capsys.readouterr().out
     command = f"python generate.py --cfg {folder}/config.yml --ckpt {folder}/checkpoints/last.ckpt --calc_fid"
@@ -165,6 +167,15 @@ def test_the_first_loss_is_the_objectives_on_the_first_batch(tmp_path):
     x, conditions = seen[0]
     assert torch.allclose(x, images / 127.5 - 1) and x.min() == -1
     assert torch.equal(conditions["class_labels"].argmax(1), labels) and conditions["class_labels"].sum() == 16
+
+
+def test_out_of_gpu_memory_names_the_batch_and_the_way_on(tmp_path, monkeypatch):
+    def full(self, *batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", full)
+    with pytest.raises(ConfigError, match=r"no memory for 16 images a pass; set train\.microbatch=8"):
+        trainer.train(tiny(tmp_path))
 
 
 def test_learning_rate_rises_and_falls():
