@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -110,7 +111,9 @@ def natural(text: str) -> int:
 
 
 def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    if not all(math.isfinite(value) for value in (values := [float(part) for part in text.split(",")])):
+        raise ValueError
+    return values
 
 
 def yes(text: str) -> bool:

@@ -288,6 +288,7 @@ class Trainer:
                 self.write_grid()
             if due(self.step, cfg.metrics.every) or (last and cfg.metrics.at_end):
                 self.score()
+        self.log.close()
         self.say_next()
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:

@@ -75,7 +75,8 @@ def measure(row: dict, seed: int, out: Path) -> dict:
     for steps in (1, 2):
         sigmas, solver = sampler.plan(cfg, steps)
         name = f"heun-{len(sigmas)}" if solver == "heun" else f"{steps}-step"
-        scores[name] = score(model, dataset, cfg, sigmas, solver)
+        if name not in scores:
+            scores[name] = score(model, dataset, cfg, sigmas, solver)
     return {
         "name": row["name"],
         "seed": seed,

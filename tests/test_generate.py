@@ -114,7 +114,14 @@ def test_bad_requests_are_one_line_and_exit_code_2(arguments, expected, run, tmp
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--num", "0"], ["--num", "x"], ["--steps", "1", "--sigmas", "80"], ["--calc_fid=maybe"], ["--nmu", "3"]],
+    [
+        ["--num", "0"],
+        ["--num", "x"],
+        ["--sigmas", "nan"],
+        ["--steps", "1", "--sigmas", "80"],
+        ["--calc_fid=maybe"],
+        ["--nmu", "3"],
+    ],
 )
 def test_a_bad_command_line_is_one_line_and_exit_code_2(arguments, run, capsys):
     with pytest.raises(SystemExit) as stop:
