@@ -111,7 +111,8 @@ def natural(text: str) -> int:
 
 
 def numbers(text: str) -> list[float]:
-    if not all(math.isfinite(value) for value in (values := [float(part) for part in text.split(",")])):
+    values = [float(part) for part in text.split(",")]
+    if not all(map(math.isfinite, values)):
         raise ValueError
     return values
 
