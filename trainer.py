@@ -63,7 +63,7 @@ def train(cfg: Config, resume: bool = False) -> None:
             f"train.microbatch={max(run.microbatch // 2, 1)}: gradients accumulate, the batch stays"
         ) from None
     finally:
-        run.log.close()
+        run.close()
 
 
 def learning_rate(step: int, cfg: config.Train) -> float:
@@ -183,8 +183,7 @@ class Trainer:
                 )
             except OSError as error:
                 raise ConfigError(f"run.dir: {self.folder} cannot be written: {error.strerror}") from None
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.log = RunLog(self.folder, self.step, cfg.train.steps, cfg.train.batch_size, shown=self.rank == 0)
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
         self.log.say(
@@ -193,6 +192,12 @@ class Trainer:
             f"{size:.2f}M parameters; {self.world} x {self.device}, {self.precision}; step {self.step:,} of "
             f"{cfg.train.steps:,}"
         )
+
+    def close(self) -> None:
+        """Close the logs and give the signals back."""
+        self.log.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         if self.stopping and signum == signal.SIGINT:

@@ -85,6 +85,12 @@ def test_training_learns_and_leaves_a_whole_run_folder(tmp_path, capsys):
     assert said.rstrip().endswith(command) and "step 60/60" in said
 
 
+def test_a_script_gets_its_signals_back(tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    trainer.train(tiny(tmp_path))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
 def test_a_run_is_never_written_over(tmp_path):
     trainer.train(tiny(tmp_path))
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
