@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant(
         "ct-N-off-by-one", "schedules.py",
         "max(math.ceil(math.sqrt(square) - 1), 1) + 1", "max(math.ceil(math.sqrt(square) - 1), 1)",
-        "CT's N(k) counts intervals: Kinyugo/consistency_models #9", "schedules",
+        "CT's N(k) counts intervals, not points", "schedules",
     ),
     Mutant(
         "ct-N-ends-at-s1", "schedules.py",
@@ -185,7 +185,7 @@ MUTANTS = [
     ),
     Mutant(
         "ict-weight-of-the-level", "objectives/ict.py",
-        "/ (high - low)).mean()", "/ high).mean()",
+        "self.distance(D, D_target) / (high - low)", "self.distance(D, D_target) / high",
         "1/s_{i+1} in place of 1/(s_{i+1} - s_i)", "objectives",
     ),
     Mutant(
@@ -197,7 +197,7 @@ MUTANTS = [
     Mutant(
         "edm-weight", "objectives/edm.py",
         "/ (sigma * self.sigma_data) ** 2", "/ (sigma + self.sigma_data) ** 2",
-        "the EDM paper's + for times, as in other code", "objectives",
+        "(s + sd)^2 in place of (s sd)^2", "objectives",
     ),
     # Pairs
     Mutant(
@@ -331,7 +331,7 @@ MUTANTS = [
     Mutant(
         "tangent-norm-squared", "objectives/scm.py",
         "g = g / like(norm + self.c, x)", "g = g / like(norm**2 + self.c, x)",
-        "g/(|g|^2 + c): NVlabs/rcm #37, in the paper", "distillation",
+        "g/(norm(g)^2 + c): NVlabs/rcm #37, in the paper", "distillation",
     ),
     Mutant(
         "tangent-warm-up-missing", "objectives/scm.py",
@@ -479,7 +479,7 @@ MUTANTS = [
     ),
     Mutant(
         "resume-without-the-optimizer", "trainer.py",
-        '{"state": state["optimizer"], "param_groups": groups}', '{"state": {}, "param_groups": groups}',
+        '{"state": {0: own} if own else {}, "param_groups"', '{"state": {}, "param_groups"',
         "Adam's moments start at 0: NVlabs/stylegan2-ada-pytorch #108", "trainer:resumed_run",
     ),
     Mutant(

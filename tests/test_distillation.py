@@ -375,7 +375,7 @@ def teachers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_distillation_runs_from_a_teacher_and_resumes_bit_for_bit(name, teachers, tmp_path):
+def test_distillation_runs_from_a_teacher_and_resumes_bit_for_bit(name, teachers, tmp_path, monkeypatch):
     precond = {"precond": "trigflow"} if name == "scd" else {}
     settings = {
         "objective": {**OBJECTIVES[name], "teacher": teachers},
@@ -387,14 +387,22 @@ def test_distillation_runs_from_a_teacher_and_resumes_bit_for_bit(name, teachers
     teacher = checkpoint.load_model(teachers)
     assert torch.allclose(run.model.eval()(x, sigma), teacher(x, sigma), atol=1e-6)  # the student starts as the teacher
     trainer.train(tiny(tmp_path / "a", **settings))
-    trainer.train(
-        tiny(tmp_path / "b", **settings, train={"steps": 6}) if name != "pd" else tiny(tmp_path / "b", **settings)
-    )
-    for part in ("a", "b"):
-        state = checkpoint.load(tmp_path / part / "checkpoints" / "last.ckpt")
-        assert all(torch.isfinite(v).all() for v in state["model"].values())
-        own = {k: v for k, v in state["objective"].items() if k.startswith(("teacher.", "stage1."))}
-        assert own, "the teacher travels with the checkpoint"
+    step = trainer.Trainer.train_step
+
+    def killed_at_step_3(run, *batch):
+        if run.step == 3:
+            raise RuntimeError("killed")
+        step(run, *batch)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(trainer.Trainer, "train_step", killed_at_step_3)
+        trainer.train(tiny(tmp_path / "b", **settings))
+    trainer.train(tiny(tmp_path / "b", **settings), resume=True)
+    a, b = (checkpoint.load(tmp_path / part / "checkpoints" / "last.ckpt") for part in ("a", "b"))
+    for one, other in ((a["model"], b["model"]), (a["objective"], b["objective"]), (a["ema"][0], b["ema"][0])):
+        assert all(torch.isfinite(v).all() for v in one.values())
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert any(k.startswith(("teacher.", "stage1.")) for k in a["objective"]), "the teacher travels with the checkpoint"
 
 
 @pytest.mark.parametrize("name", ["sct", "trigflow"])
