@@ -108,6 +108,6 @@ def network(model, u: torch.Tensor, t: torch.Tensor, sd: float, conditions: dict
     """F(u, t) of TrigFlow, u = x_t / sd (B, ...), t (B,): the model's raw output, or F told from its denoiser D."""
     cos, sin = like(t.cos(), u), like(t.sin(), u)
     x, sigma = u * sd / cos, sd * t.tan()  # the same point in EDM's clock
-    if hasattr(model, "raw"):
+    if hasattr(model, "raw") and getattr(model, "precond", "trigflow") == "trigflow":
         return model.raw(x, sigma, **conditions).to(u.dtype)
     return (cos * sd * u - model(x, sigma, **conditions)) / (sin * sd)
