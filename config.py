@@ -585,7 +585,8 @@ def _nearest(loc: list[str], error: ValidationError) -> str:
 
 
 def _did_you_mean(word: str, choices: list[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    swapped = [choice for choice in choices if sorted(choice) == sorted(word)]  # itc is ict before it is tcm
+    near = swapped or difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(choices)}"
 
 

@@ -63,7 +63,7 @@ def test_dump_reads_back(tmp_path):
         ("train:\n  steps: true", "c.yml:2: train.steps: input should be a valid integer, found True"),
         ("train:\n  batch_size: 0", "c.yml:2: train.batch_size: input should be greater than or equal to 1, found 0"),
         ("train:\n  lr: .nan", "c.yml:2: train.lr: input should be a finite number, found nan"),
-        ("objective:\n  name: icct", "c.yml:2: objective.name: there is no 'icct'; did you mean ict?"),
+        ("objective:\n  name: itc", "c.yml:2: objective.name: there is no 'itc'; did you mean ict?"),
         ("objective:\n  name: ict\n  q: 2", "c.yml:3: objective.q: there is no such setting for this"),
         (
             "network:\n  precond: emd",
