@@ -376,6 +376,8 @@ class Sample(Section):
     """Noise levels of few-step sampling, descending; `--steps S` takes the first S. null: sigma_max, then 0.821."""
     solver: Literal["auto", "multistep", "heun"] = "auto"
     """auto: heun for objective edm, multistep for consistency models."""
+    guidance: NonNegative | None = None
+    """w of classifier-free guidance in sampling, D_null + w (D - D_null) (2207.12598). null: none."""
     heun_steps: int = Field(18, ge=2)
     """Steps of the heun solver; evaluations are twice that less one."""
 
@@ -630,6 +632,11 @@ def _check_together(cfg: Config, place) -> None:
             f"must divide train.batch_size ({t.batch_size})",
         ),
         (n.pixel_norm and not n.scale_shift_norm, "network.pixel_norm", "normalises AdaGN; set scale_shift_norm: true"),
+        (
+            cfg.sample.guidance is not None and n.label_dropout == 0,
+            "sample.guidance",
+            "needs a network that knows the null label: data.conditional: true and network.label_dropout above 0",
+        ),
         (t.lr_warmup >= t.steps, "train.lr_warmup", f"must be below train.steps ({t.steps})"),
         (
             o.name in ("edm", "trigflow") and n.precond == "cm",

@@ -156,7 +156,9 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     num = args.num or (min(cfg.metrics.num, 5000) if args.search_sigmas else 0)
     num = num or (cfg.metrics.num if args.calc_fid or args.sweep else 64)
     sigmas, solver = chosen_levels(args, cfg)
-    drawing = Drawing(model, args.seed, num, sigmas, solver, chosen_labels(args, num, model), args.batch)
+    drawing = Drawing(
+        model, args.seed, num, sigmas, solver, chosen_labels(args, num, model), args.batch, cfg.sample.guidance
+    )
     dataset = None
     if rank == 0 and (args.calc_fid or args.nearest or searching):  # before the sampling: what is missing is said now
         dataset = training_set(args, cfg, (model.img_channels, model.img_resolution))
@@ -237,6 +239,7 @@ class Drawing:
     solver: str
     labels: torch.Tensor | None  # int64 (num,)
     batch: int
+    guidance: float | None = None
     drawn: int = 0
     seconds: float = 0.0
 
@@ -250,7 +253,9 @@ class Drawing:
         started = time.perf_counter()
         labels = None if self.labels is None else self.labels[start:stop]
         indices = range(start, stop)
-        batches = sampler.generate(self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch)
+        batches = sampler.generate(
+            self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch, self.guidance
+        )
         images = torch.cat([data.to_uint8(x).cpu() for x in batches])
         self.drawn, self.seconds = self.drawn + len(images), self.seconds + time.perf_counter() - started
         return images
@@ -281,6 +286,7 @@ class Drawing:
             "sigmas": self.sigmas,
             "solver": self.solver,
             "labels": labels,
+            "guidance": self.guidance,
             "format": format,
         }
 

@@ -162,6 +162,22 @@ def golden_section(f: Callable[[float], float], low: float, high: float, toleran
     return (low + high) / 2
 
 
+def guided(model: Model, w: float | None) -> Model:
+    """Classifier-free guidance of a diffusion model, D_null + w (D - D_null) (2207.12598); None or 1: the model itself.
+
+    The null is the model without labels, which network.label_dropout has taught it.
+    """
+    if w is None or w == 1:
+        return model
+
+    def denoiser(x: torch.Tensor, sigma: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
+        D = model(x, sigma, **conditions)
+        D_null = model(x, sigma, **{**conditions, "class_labels": None})
+        return D_null + w * (D - D_null)
+
+    return denoiser
+
+
 @torch.no_grad()
 def generate(
     model: torch.nn.Module,  # networks.Preconditioner, in eval mode
@@ -171,12 +187,14 @@ def generate(
     solver: str = "multistep",  # or "heun"
     labels: torch.Tensor | None = None,  # int64 (len(indices),), the class of each, for a conditional model
     batch_size: int = 256,
+    guidance: float | None = None,  # see guided
 ) -> Iterator[torch.Tensor]:
     """Batches of samples (B, C, H, W), float32 in [-1, 1], in the order of `indices`.
 
     Sample i of a seed starts from the same noise, whatever batch, device or process it is drawn in.
     """
     device = next(model.parameters()).device
+    denoiser = guided(model, guidance)
     shape = (model.img_channels, model.img_resolution, model.img_resolution)
     for start in range(0, len(indices), batch_size):
         own = indices[start : start + batch_size]
@@ -186,11 +204,11 @@ def generate(
             classes = labels[start : start + batch_size]
             one_hot = torch.nn.functional.one_hot(classes, model.label_dim).to(device, z.dtype)
         if solver == "heun":
-            x = heun(model, z, sigmas, class_labels=one_hot)
+            x = heun(denoiser, z, sigmas, class_labels=one_hot)
         else:
 
             def noise_at(i: int, own: Sequence[int] = own) -> torch.Tensor:
                 return sample_noise(seed, own, shape, f"step {i}").to(device)
 
-            x = multistep(model, z, sigmas, noise_at, model.sigma_min, class_labels=one_hot)
+            x = multistep(denoiser, z, sigmas, noise_at, model.sigma_min, class_labels=one_hot)
         yield x.clamp(-1, 1)

@@ -382,7 +382,15 @@ class Trainer:
     def samples(self, count: int, labels: torch.Tensor | None) -> torch.Tensor:
         """The first `count` samples of the run's seed from the EMA weights, uint8 (count, C, H, W) on the CPU."""
         sigmas, solver = sampler.plan(self.cfg)
-        batches = sampler.generate(self.emas[0].module, self.cfg.run.seed, range(count), sigmas, solver, labels)
+        batches = sampler.generate(
+            self.emas[0].module,
+            self.cfg.run.seed,
+            range(count),
+            sigmas,
+            solver,
+            labels,
+            guidance=self.cfg.sample.guidance,
+        )
         return torch.cat([data.to_uint8(x).cpu() for x in batches])
 
     def write_grid(self) -> None:

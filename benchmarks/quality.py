@@ -96,7 +96,7 @@ def measure(row: dict, seed: int, out: Path) -> dict:
 def score(model: torch.nn.Module, dataset: data.Dataset, cfg: config.Config, sigmas: list[float], solver: str) -> float:
     num = range(cfg.metrics.num)
     labels = sampler.draw_labels(cfg.run.seed, num, model.class_counts) if model.label_dim else None
-    batches = sampler.generate(model, cfg.run.seed, num, sigmas, solver, labels)
+    batches = sampler.generate(model, cfg.run.seed, num, sigmas, solver, labels, guidance=cfg.sample.guidance)
     images = torch.cat([data.to_uint8(x).cpu() for x in batches])
     return round(metrics.score(images, dataset, cfg.metrics, cfg.data.dir, images.device)["fid"], 4)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from losses import Distance
-from objectives.common import guided, like
+from objectives.common import like
 from objectives.ct import ConsistencyTraining
+from sampler import guided
 
 
 class ConsistencyDistillation(ConsistencyTraining):
@@ -48,10 +49,10 @@ class ConsistencyDistillation(ConsistencyTraining):
 
     def lower_point(self, x_high, high, low, x, noise, conditions) -> torch.Tensor:
         """One Heun or Euler step of dx/dsigma = (x - D_teacher) / sigma from `high` to `low`."""
-        high_, low_ = like(high, x), like(low, x)
-        slope = (x_high - guided(self.teacher, x_high, high, self.guidance, conditions)) / high_
+        teacher, high_, low_ = guided(self.teacher, self.guidance), like(high, x), like(low, x)
+        slope = (x_high - teacher(x_high, high, **conditions)) / high_
         x_low = x_high + (low_ - high_) * slope
         if self.solver == "euler":
             return x_low
-        slope_low = (x_low - guided(self.teacher, x_low, low, self.guidance, conditions)) / low_
+        slope_low = (x_low - teacher(x_low, low, **conditions)) / low_
         return x_high + (low_ - high_) * (slope + slope_low) / 2

@@ -56,15 +56,3 @@ def replayed(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.devi
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda, device)
-
-
-def guided(model, x: torch.Tensor, sigma: torch.Tensor, w: float | None, conditions: dict) -> torch.Tensor:
-    """D, or with classifier-free guidance D_null + w (D - D_null) (2207.12598); w = 1 is D itself. Shapes as D's.
-
-    The null is the model without class_labels, which label dropout in training has taught it.
-    """
-    D = model(x, sigma, **conditions)
-    if w is None:
-        return D
-    D_null = model(x, sigma, **{**conditions, "class_labels": None})
-    return D_null + w * (D - D_null)

@@ -9,7 +9,8 @@ import torch
 
 from draws import Draws
 from networks import plain_attention
-from objectives.common import Output, by_level, guided, like, replayed, rng_state
+from objectives.common import Output, by_level, like, replayed, rng_state
+from sampler import guided
 
 # torch scripts its own forward-mode rules when they are first used, and warns of it.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
@@ -85,7 +86,7 @@ class ContinuousConsistency(torch.nn.Module):
         """dx/dt = sd F_teacher, from the teacher's denoiser: (cos(t) x_t - D) / sin(t)."""
         cos, sin = like(t.cos(), x_t), like(t.sin(), x_t)
         with torch.no_grad():
-            D = guided(self.teacher, x_t / cos, self.sigma_data * t.tan(), self.guidance, conditions)
+            D = guided(self.teacher, self.guidance)(x_t / cos, self.sigma_data * t.tan(), **conditions)
         return (cos * x_t - D) / sin
 
     def tangent(self, model, x_t, t, dxdt, r: float, conditions: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -314,7 +314,7 @@ MUTANTS = [
         "CD's Heun step is Euler's", "distillation",
     ),
     Mutant(
-        "guidance-one-too-strong", "objectives/common.py",
+        "guidance-one-too-strong", "sampler.py",
         "return D_null + w * (D - D_null)", "return D + w * (D - D_null)",
         "w of another convention", "distillation",
     ),

@@ -82,6 +82,7 @@ def test_dump_reads_back(tmp_path):
         ("sample: {sigmas: [80, 90]}", "c.yml:1: sample.sigmas: must descend"),
         ("sample: {sigmas: [90]}", "c.yml:1: sample.sigmas: starts above network.sigma_max"),
         ("ema: {decay: [0.9], half_life_kimg: [1]}", "c.yml:1: ema.half_life_kimg: give either this or ema.decay"),
+        ("sample: {guidance: 2.0}", "c.yml:1: sample.guidance: needs a network that knows the null label"),
         ("network: {label_dropout: 0.1}", "c.yml:1: network.label_dropout: there are no labels to drop"),
     ],
 )

@@ -117,3 +117,15 @@ def test_plan_takes_heun_for_a_denoiser():
     levels, solver = sampler.plan(edm)
     assert solver == "heun" and len(levels) == 5 and levels[-1] == pytest.approx(0.002)
     assert sampler.plan(config.Config(), 1) == ([80.0], "multistep")
+
+
+def test_guidance_mixes_the_model_with_and_without_labels():
+    model = small(label_dim=3)
+    x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 1.0]), torch.eye(3)[:2]
+    with torch.no_grad():
+        null, own = model(x, sigma), model(x, sigma, class_labels=labels)
+        mixed = sampler.guided(model, 2.5)(x, sigma, class_labels=labels)
+    assert not torch.allclose(null, own) and torch.allclose(mixed, null + 2.5 * (own - null))
+    assert sampler.guided(model, 1) is model and sampler.guided(model, None) is model
+    draw = lambda w: next(sampler.generate(model, 0, range(4), [80.0], labels=torch.zeros(4).long(), guidance=w))  # noqa: E731
+    assert torch.equal(draw(None), draw(1)) and not torch.equal(draw(None), draw(3))
