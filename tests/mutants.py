@@ -376,7 +376,7 @@ MUTANTS = [
     ),
     Mutant(
         "grid-from-raw-weights", "trainer.py",
-        "sampler.generate(self.emas[0].module,", "sampler.generate(self.model,",
+        "self.emas[0].module,", "self.model,",
         "raw weights sampled in training", "trainer:average",
     ),
     Mutant(
