@@ -35,12 +35,16 @@ class Arguments(argparse.ArgumentParser):
 
 
 class Section(BaseModel):
+    """A part of the config: no unknown key, no silent conversion; the text under a key is its description."""
+
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
     )
 
 
 class Run(Section):
+    """Where the run is kept, its seed and device."""
+
     name: str = Field("digits", pattern=r"^[\w.-]+$")
     """Name of the run; its folder is runs/<name> unless run.dir says otherwise."""
     dir: str | None = None
@@ -56,6 +60,8 @@ class Run(Section):
 
 
 class Data(Section):
+    """What it learns."""
+
     name: Literal[
         "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz"
     ] = "digits"  # fmt: skip
@@ -83,6 +89,8 @@ class Data(Section):
 
 
 class Network(Section):
+    """What every network's settings share; names and defaults are EDM's (2206.00364)."""
+
     precond: Literal["edm", "cm", "trigflow"] = "edm"
     """edm (2206.00364 tab. 1), cm with D(x) = x at sigma_min (2303.01469 app. C), or trigflow (2410.11081 sec. 3)."""
     c_noise: Literal["log", "log250", "t"] = "log"
@@ -326,6 +334,8 @@ class PD(Section):
 
 
 class Ema(Section):
+    """The averaged weights that are sampled."""
+
     decay: list[Share] | None = Field([0.9999], min_length=1)
     """Decay per step, one entry for each average kept; the first is sampled and scored."""
     half_life_kimg: list[Positive] | None = Field(None, min_length=1)
@@ -335,6 +345,8 @@ class Ema(Section):
 
 
 class Train(Section):
+    """The optimizer and the loop."""
+
     steps: Count = 400_000
     """Optimizer steps."""
     batch_size: Count = 128
@@ -368,6 +380,8 @@ class Train(Section):
 
 
 class Sample(Section):
+    """Sample grids and few-step sampling."""
+
     every: int = Field(0, ge=0)
     """Steps between sample grids. 0: only at the end."""
     grid: int = Field(64, ge=1, le=1024)
@@ -383,6 +397,8 @@ class Sample(Section):
 
 
 class Metrics(Section):
+    """Scores."""
+
     features: Literal["inception", "classifier", "dinov2", "clip"] = "inception"
     """Features to compare: InceptionV3, DINOv2, CLIP, or a small classifier trained on the dataset's own labels."""
     weights: str | None = None
@@ -556,7 +572,7 @@ def _explain(error: ValidationError, place) -> str:
         return message + f"there is no {name!r}{_did_you_mean(name, _names(loc[0]))}"
     if first["type"] == "literal_error":
         allowed = first["ctx"]["expected"]
-        guess = _did_you_mean(str(value), re.findall(r"'([^']+)'", allowed)).replace("; ", "; ")
+        guess = _did_you_mean(str(value), re.findall(r"'([^']+)'", allowed))
         return message + f"{_short(value)} is not one of {allowed}{guess if 'did you' in guess else ''}"
     if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return message + f"expected keys and values below it, found {_short(value)}"
