@@ -1,7 +1,7 @@
 """Train methods side by side and score them in one and two steps: python benchmarks/quality.py LIST.yml --out DIR
 
 LIST.yml names the rows: a config, overrides, and for a distilled method the row that is its teacher. A row that is
-already measured is not run again. Writes results.json, table.md and curves.png.
+already measured is not run again. Writes results.json, table.md, curves.png and samples.png.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ import metrics  # noqa: E402
 import sampler  # noqa: E402
 import trainer  # noqa: E402
 
+# Settings that are lengths: a longer or shorter run scales them all by one factor.
+LENGTHS = ("train.steps", "train.lr_warmup", "objective.double_kimg", "objective.warmup", "metrics.every")
+PROBE = 12  # steps that are timed to find how many fit in --minutes, after as many that are not
+
 
 def main() -> int:
     parser = config.Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,6 +40,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--threads", type=int, help="CPU threads; figures repeat bit for bit with the same number")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--images", type=int, help="images each row trains on; schedules are scaled to them")
+    budget.add_argument("--minutes", type=float, help="minutes each row trains, at the speed of its first steps")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -47,17 +54,19 @@ def main() -> int:
                 continue
             done = json.loads(results.read_text()) if results.exists() else []
             if not any((r["name"], r["seed"]) == (row["name"], seed) for r in done):
-                measured = measure(row, seed, args.out)
+                measured = measure(row, seed, args.out, args.images, args.minutes)
                 done = json.loads(results.read_text()) if results.exists() else []
                 text = json.dumps([*done, measured], indent=1).encode()
                 checkpoint.write_atomically(results, lambda file, text=text: file.write(text))
                 print(json.dumps(measured), flush=True)
-    write_table(json.loads(results.read_text()), args.out / "table.md")
-    write_curves(json.loads(results.read_text()), args.out)
+    done = json.loads(results.read_text())
+    write_table(done, args.out / "table.md")
+    write_curves(done, args.out)
+    write_samples(done, args.out)
     return 0
 
 
-def measure(row: dict, seed: int, out: Path) -> dict:
+def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes: float | None = None) -> dict:
     """Train one row and score its EMA; what was run, where and how long stands beside the figures."""
     folder = out / f"{row['name']}-seed{seed}"
     overrides = [*row.get("set", []), f"run.dir={folder}", f"run.seed={seed}", "metrics.at_end=false"]
@@ -65,10 +74,11 @@ def measure(row: dict, seed: int, out: Path) -> dict:
         overrides.append(f"objective.teacher={out}/{row['teacher']}-seed{seed}/checkpoints/last.ckpt")
     if "init_from" in row:
         overrides.append(f"train.init_from={out}/{row['init_from']}-seed{seed}/checkpoints/last.ckpt")
+    overrides += budget(row["cfg"], overrides, folder, images, minutes)
     cfg = config.load(ROOT / row["cfg"], overrides)
     started = time.perf_counter()
     trainer.train(cfg, resume=(folder / "config.yml").exists())
-    minutes = (time.perf_counter() - started) / 60
+    taken = (time.perf_counter() - started) / 60
     model = checkpoint.load_model(folder / "checkpoints" / "last.ckpt", trainer.pick_device(cfg.run.device))
     dataset = data.load(cfg.data)
     scores = {}
@@ -80,25 +90,70 @@ def measure(row: dict, seed: int, out: Path) -> dict:
     return {
         "name": row["name"],
         "seed": seed,
-        "fid": scores,
+        "starts_from": row.get("teacher") or row.get("init_from"),
+        "scores": scores,
         "features": metrics.features_name(cfg.metrics),
         "samples": cfg.metrics.num,
         "images": cfg.train.steps * cfg.train.batch_size,
-        "minutes": round(minutes, 2),
+        "minutes": round(taken, 2),
         "command": f"python main.py --cfg {row['cfg']} {' '.join(overrides)}",
         "commit": git("rev-parse", "--short", "HEAD"),
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": f"{processor()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
 
 
-def score(model: torch.nn.Module, dataset: data.Dataset, cfg: config.Config, sigmas: list[float], solver: str) -> float:
+def budget(file: str, overrides: list[str], folder: Path, images: int | None, minutes: float | None) -> list[str]:
+    """Overrides that scale a row's schedules to a number of images, or to minutes at the speed measured now."""
+    if (folder / "config.yml").exists():  # a run that was stopped keeps its length
+        kept = config.load(folder / "config.yml")
+    else:
+        kept = config.load(ROOT / file, overrides)
+        if minutes:
+            images = round(speed(kept) * minutes * 60)
+        if not images:
+            return []
+        factor = images / (kept.train.steps * kept.train.batch_size)
+        for section, key in (name.split(".") for name in LENGTHS):
+            part = getattr(kept, section)
+            value = getattr(part, key, None)
+            if value:
+                setattr(part, key, type(value)(max(round(value * factor, 3), 1 if isinstance(value, int) else 0.001)))
+    pairs = [(name, getattr(getattr(kept, name.split(".")[0]), name.split(".")[1], None)) for name in LENGTHS]
+    return [f"{name}={value}" for name, value in pairs if value]
+
+
+def speed(cfg: config.Config) -> float:
+    """Images a second of this row's training steps, here and now."""
+    run = trainer.Trainer(cfg)
+    batches = data.batches(run.dataset.to(run.device), cfg.run.seed, cfg.train.batch_size)
+    for step in range(2 * PROBE):
+        if step == PROBE:
+            float(run.skipped)  # waits for the device
+            started = time.perf_counter()
+        run.train_step(*next(batches))
+    float(run.skipped)
+    return PROBE * cfg.train.batch_size / (time.perf_counter() - started)
+
+
+def score(model: torch.nn.Module, dataset: data.Dataset, cfg: config.Config, sigmas: list[float], solver: str) -> dict:
     num = range(cfg.metrics.num)
     labels = sampler.draw_labels(cfg.run.seed, num, model.class_counts) if model.label_dim else None
     batches = sampler.generate(model, cfg.run.seed, num, sigmas, solver, labels, guidance=cfg.sample.guidance)
     images = torch.cat([data.to_uint8(x).cpu() for x in batches])
-    return round(metrics.score(images, dataset, cfg.metrics, cfg.data.dir, images.device)["fid"], 4)
+    scores = metrics.score(images, dataset, cfg.metrics, cfg.data.dir, images.device)
+    return {name: round(value, 4) for name, value in scores.items()}
+
+
+def processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def git(*words: str) -> str:
@@ -107,36 +162,83 @@ def git(*words: str) -> str:
 
 def write_table(results: list[dict], path: Path) -> None:
     """A line a row, the seeds' figures side by side."""
-    lines = ["| method | images | minutes | figure: by seed |", "| --- | --- | --- | --- |"]
+    lines = ["| method | starts from | images | minutes | figures: by seed |", "| --- | --- | --- | --- | --- |"]
     for name in dict.fromkeys(r["name"] for r in results):
         own = [r for r in results if r["name"] == name]
         figures = "; ".join(
-            f"{kind}: " + ", ".join(format(r["fid"][kind], ".3g") for r in own) for kind in own[0]["fid"]
+            f"{kind} {figure}: " + ", ".join(format(r["scores"][kind][figure], ".3g") for r in own)
+            for kind in own[0]["scores"]
+            for figure in own[0]["scores"][kind]
         )
-        lines.append(f"| {name} | {own[0]['images']:,} | {own[0]['minutes']:.1f} | {figures} |")
+        start = own[0]["starts_from"] or "noise"
+        lines.append(f"| {name} | {start} | {own[0]['images']:,} | {own[0]['minutes']:.1f} | {figures} |")
     path.write_text("\n".join(lines) + "\n")
 
 
 def write_curves(results: list[dict], out: Path) -> None:
-    """Score against images, where a row's config scored on the way (metrics.every)."""
+    """One-step score against images and against minutes, where a row's config scored on the way (metrics.every)."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for r in results:
+        folder = out / f"{r['name']}-seed{r['seed']}"
+        points = curve(folder)
+        if not points or r["seed"] != results[0]["seed"]:
+            continue
+        batch = config.load(folder / "config.yml").train.batch_size
+        distances = [fid for _, _, fid in points]
+        panels[0].plot([step * batch / 1000 for step, _, _ in points], distances, marker=".", label=r["name"])
+        panels[1].plot([minutes for _, minutes, _ in points], distances, marker=".")
+    if panels[0].lines:
+        panels[0].set(xlabel="thousands of images seen", ylabel="Fréchet distance, one step", yscale="log")
+        panels[1].set(xlabel="minutes of training")
+        panels[0].legend(frameon=False)
+        figure.savefig(out / "curves.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def curve(folder: Path) -> list[tuple[int, float, float]]:
+    """(step, minutes of training so far, distance) of every score that a run took on the way."""
+    points, minutes, at = [], 0.0, (0, 0)
+    for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if "images_per_second" in entry:
+            minutes += (entry["images"] - at[1]) / entry["images_per_second"] / 60
+            at = (entry["step"], entry["images"])
+        elif "fid" in entry:
+            points.append((entry["step"], minutes, entry["fid"]))
+    return points
+
+
+def write_samples(results: list[dict], out: Path) -> None:
+    """The last grid of samples of each row, side by side."""
+    plt = pyplot()
+    rows = [r for r in results if r["seed"] == results[0]["seed"]]
+    columns = min(len(rows), 4)
+    height = -(-len(rows) // columns)
+    figure, panels = plt.subplots(height, columns, figsize=(2.6 * columns, 2.8 * height), squeeze=False)
+    for panel in panels.flat:
+        panel.axis("off")
+    for panel, r in zip(panels.flat, rows, strict=False):
+        grids = sorted((out / f"{r['name']}-seed{r['seed']}" / "samples").glob("*.png"))
+        if grids:
+            panel.imshow(plt.imread(grids[-1]), cmap="gray", interpolation="nearest")
+            kind, scores = next(iter(r["scores"].items()))
+            panel.set_title(f"{r['name']} ({kind}): {scores['fid']:.3g}", fontsize=9)
+    figure.savefig(out / "samples.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def pyplot():
+    """matplotlib without a screen; imported late, since only the figures need it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for r in results:
-        entries = map(json.loads, (out / f"{r['name']}-seed{r['seed']}" / "metrics.jsonl").read_text().splitlines())
-        points = [(e["step"], e["fid"]) for e in entries if "fid" in e]
-        if points and r["seed"] == results[0]["seed"]:
-            batch = config.load(out / f"{r['name']}-seed{r['seed']}" / "config.yml").train.batch_size
-            axes.plot([step * batch / 1000 for step, _ in points], [fid for _, fid in points], label=r["name"])
-    if axes.lines:
-        axes.set(xlabel="thousands of images seen", ylabel="Fréchet distance, one step", yscale="log")
-        axes.legend(frameon=False)
-        figure.savefig(out / "curves.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    return plt
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except config.ConfigError as error:
+        sys.exit(str(error))
