@@ -79,14 +79,18 @@ def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes:
     started = time.perf_counter()
     trainer.train(cfg, resume=(folder / "config.yml").exists())
     taken = (time.perf_counter() - started) / 60
-    model = checkpoint.load_model(folder / "checkpoints" / "last.ckpt", trainer.pick_device(cfg.run.device))
+    state = checkpoint.load(folder / "checkpoints" / "last.ckpt")
+    if state["step"] < cfg.train.steps:
+        sys.exit("stopped; the same command goes on")
+    model = checkpoint.model_from(state, folder).to(trainer.pick_device(cfg.run.device))
     dataset = data.load(cfg.data)
     scores = {}
     for steps in (1, 2):
         sigmas, solver = sampler.plan(cfg, steps)
         name = f"heun-{len(sigmas)}" if solver == "heun" else f"{steps}-step"
         if name not in scores:
-            scores[name] = score(model, dataset, cfg, sigmas, solver)
+            kinds = cfg.metrics.scores if scores else ["fid", "prc"]  # precision and recall take minutes: once a row
+            scores[name] = score(model, dataset, cfg, sigmas, solver, kinds)
     return {
         "name": row["name"],
         "seed": seed,
@@ -137,12 +141,20 @@ def speed(cfg: config.Config) -> float:
     return PROBE * cfg.train.batch_size / (time.perf_counter() - started)
 
 
-def score(model: torch.nn.Module, dataset: data.Dataset, cfg: config.Config, sigmas: list[float], solver: str) -> dict:
+def score(
+    model: torch.nn.Module,
+    dataset: data.Dataset,
+    cfg: config.Config,
+    sigmas: list[float],
+    solver: str,
+    kinds: list[str],
+) -> dict:
     num = range(cfg.metrics.num)
     labels = sampler.draw_labels(cfg.run.seed, num, model.class_counts) if model.label_dim else None
     batches = sampler.generate(model, cfg.run.seed, num, sigmas, solver, labels, guidance=cfg.sample.guidance)
     images = torch.cat([data.to_uint8(x).cpu() for x in batches])
-    scores = metrics.score(images, dataset, cfg.metrics, cfg.data.dir, images.device)
+    wanted = cfg.metrics.model_copy(update={"scores": kinds})
+    scores = metrics.score(images, dataset, wanted, cfg.data.dir, images.device)
     return {name: round(value, 4) for name, value in scores.items()}
 
 
