@@ -50,7 +50,7 @@ def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
     At every moment last.ckpt is a whole checkpoint. Raises OSError where the disk refuses; nothing is lost then.
     """
     path = folder / f"step-{step:08d}.ckpt"
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    write(path, state)
     link = folder / f".last.{os.getpid()}.part"
     link.unlink(missing_ok=True)
     try:
@@ -62,6 +62,11 @@ def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
     for old in numbered(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """One checkpoint, whole or not at all."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -176,7 +181,9 @@ def main(argv: list[str] | None = None) -> int:
     add = commands.add_parser("import", help="make a checkpoint of an EDM pickle, an OpenAI .pt or a safetensors file")
     add.add_argument("source", metavar="SRC", help="the file to read; nothing in it is run")
     add.add_argument("target", metavar="DST", help="the checkpoint to write; its settings go to DST.yml")
-    add.add_argument("--arch", metavar="FILE.json", help="for OpenAI's files: image_size, num_head_channels, dropout")
+    add.add_argument(
+        "--arch", metavar="FILE.json", help="for OpenAI's files: image_size, num_head_channels, dropout, precond"
+    )
     add = commands.add_parser("export", help="write a checkpoint's EMA weights for other programs")
     add.add_argument("source", metavar="CKPT", help="a checkpoint of this project")
     add.add_argument("target", metavar="DIR", help="a new folder")

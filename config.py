@@ -410,7 +410,7 @@ class Metrics(Section):
     num: int = Field(50_000, ge=100)
     """Samples to score."""
     every: int = Field(0, ge=0)
-    """Steps between scores in training. 0: only at the end."""
+    """Steps between scores in training; the best weights are kept as best.ckpt. 0: only at the end."""
     at_end: bool = True
     """Score when training ends."""
 

@@ -288,7 +288,8 @@ def _edm_weights(module: Record, prefix: str = "") -> Weights:
 
 # OpenAI's consistency models ------------------------------------------------------------------------------------------
 
-TOLD = {"image_size": 64, "num_head_channels": 64, "dropout": 0.0}  # what weights do not tell, in the released models
+# What weights do not tell, in the released models; precond is "edm" for the diffusion models among them, the teachers.
+TOLD = {"image_size": 64, "num_head_channels": 64, "dropout": 0.0, "precond": "cm"}
 OPENAI_PARTS = {
     "norm0": "in_layers.0",
     "conv0": "in_layers.2",
@@ -329,7 +330,8 @@ def read_openai(path: Path, arch: str | Path | None = None) -> tuple[State, list
 def _from_openai(weights: Weights, told: dict[str, Any], path: Path) -> State:
     shape, network = _openai_network(weights, told, path)
     data = _data_section(NO_PATH, shape["resolution"], shape["channels"], shape["label_dim"])
-    raw = {"data": data, "network": network, "objective": {"name": "ct"}}
+    objective = {"name": "ct" if network["precond"] == "cm" else "edm"}
+    raw = {"data": data, "network": network, "objective": objective}
     state = _state(raw, shape, _equal_counts(shape["label_dim"]), {}, path)
     model = networks.build(checkpoint.config_of(state, path).network, **shape)
     renamed = _openai_renamed(weights, model, path)
@@ -399,12 +401,14 @@ def _openai_network(weights: Weights, told: dict[str, Any], path: Path) -> tuple
     size, heads = told["image_size"], told["num_head_channels"]
     if type(size) is not int or type(heads) is not int or size < 1 or heads < 1:
         raise CheckpointError(f"--arch: image_size and num_head_channels must be whole numbers, found {size}, {heads}")
+    if told["precond"] not in ("cm", "edm"):
+        raise CheckpointError(f"--arch: precond: is cm (consistency) or edm (diffusion), found {told['precond']!r}")
     attentive = [widths[-1], *(widths[i.bit_length() - 1] for i in found["attention_resolutions"])]
     if any(width % heads for width in attentive):
         raise CheckpointError(f"--arch: num_head_channels: {heads} does not divide all of the widths {attentive}")
     network = {
         **_defaults("dhariwal_unet"),
-        "precond": "cm",
+        "precond": told["precond"],
         "c_noise": "log250",
         "model_channels": model_channels,
         "channel_mult": found["channel_mult"],

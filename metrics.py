@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import pickle
 import socket
@@ -68,6 +69,14 @@ def describe(scores: dict[str, float], metrics_cfg: config.Metrics, count: int) 
     """One line for people: 'fid 1.23, precision 0.71, recall 0.64 (classifier features, 5,000 samples)'."""
     figures = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     return f"{figures} ({features_name(metrics_cfg)}, {count:,} samples)"
+
+
+def better(new: dict[str, float], old: dict[str, float]) -> bool:
+    """Whether the first figure of `new` beats that of `old`: distances are better lower, the others higher."""
+    name = next(iter(new))
+    if not math.isfinite(old[name]):
+        return math.isfinite(new[name])
+    return new[name] < old[name] if name in ("fid", "kid") else new[name] > old[name]
 
 
 def score(

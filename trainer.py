@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ class Trainer:
         self.sums: dict[str, Any] = defaultdict(float)  # since the last log; tensors stay on the device
         self.counts: dict[str, Any] = defaultdict(float)  # of the sums that are not over steps
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)  # steps with a non-finite gradient
+        self.best: dict[str, Any] | None = None  # the scores in best.ckpt, and the metric they are by
         self.stopping = False
 
     # Building ---------------------------------------------------------------------------------------------------------
@@ -236,11 +238,14 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; where the disk refuses, say so and go on: the previous one stays good."""
-        if self.rank != 0:
-            return
+        if self.rank == 0:
+            folder = self.folder / "checkpoints"
+            self.write_checkpoint(lambda: checkpoint.save(self.state(), folder, self.step, self.cfg.train.keep))
+
+    def write_checkpoint(self, write: Callable[[], Any]) -> None:
         folder = self.folder / "checkpoints"
         try:
-            checkpoint.save(self.state(), folder, self.step, self.cfg.train.keep)
+            write()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = " ".join(str(error).split())[:200]
             self.log.say(f"warning: step {self.step:,}: no checkpoint could be written in {folder}: {reason}")
@@ -262,6 +267,12 @@ class Trainer:
         self.load_optimizer_state(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+        best = folder / "best.ckpt"
+        if best.exists():
+            try:
+                self.best = checkpoint.load(best)["best"]
+            except (checkpoint.CheckpointError, KeyError) as error:
+                print(f"warning: {error}; the next score makes a new one", file=sys.stderr)
 
     def _check_same(self, saved: Config, path: Path) -> None:
         scheduled = self.cfg.objective.name in ("ct", "ict", "pd") or self.cfg.train.lr_decay != "none"
@@ -420,7 +431,17 @@ class Trainer:
             return
         self.log.curves(self.step, scores)
         self.log.say(f"score: {metrics.describe(scores, cfg, cfg.num)}")
+        if cfg.every:
+            self.keep_best(scores)
         self.log.pause()
+
+    def keep_best(self, scores: dict[str, float]) -> None:
+        """Keep this step as best.ckpt if it scores better, by the same metric, than the one there."""
+        metric = self.cfg.metrics.model_dump(exclude={"every", "at_end"})
+        if self.best is None or self.best["metric"] != metric or metrics.better(scores, self.best["scores"]):
+            self.best = {"metric": metric, "scores": scores}
+            path = self.folder / "checkpoints" / "best.ckpt"
+            self.write_checkpoint(lambda: checkpoint.write(path, {**self.state(), "best": self.best}))
 
     def say_next(self) -> None:
         """The command that comes next."""

@@ -81,6 +81,19 @@ def test_openai_weights_compute_what_openai_computed(tmp_path):
     assert model.class_counts == [1] * 10
 
 
+def test_openai_diffusion_teachers_keep_edms_preconditioning(tmp_path):
+    """karras_diffusion.py without distillation: c_skip = sd^2/(s^2+sd^2), c_out = s sd/sqrt(s^2+sd^2), 250 ln s."""
+    arch = tmp_path / "arch.json"
+    arch.write_text(json.dumps({**json.loads(ARCH.read_text()), "precond": "edm"}))
+    formats.import_checkpoint(OPENAI, tmp_path / "edm.ckpt", arch)
+    model, io = checkpoint.load_model(tmp_path / "edm.ckpt"), golden("openai_unet_io")
+    x, labels, sigma = io["x"], one_hot(io["y"], 10).float(), io["sigma"].reshape(-1, 1, 1, 1)
+    total = sigma**2 + 0.25
+    F = model.model((x / total.sqrt()).float(), (250 * io["sigma"].log()).float(), labels)
+    assert relative_error(model(x, io["sigma"], labels), 0.25 / total * x + 0.5 * sigma / total.sqrt() * F) < 1e-5
+    assert config.load(tmp_path / "edm.ckpt.yml").objective.name == "edm"
+
+
 def to_openai(path, target):
     """Our weights under OpenAI's names: import's own table backwards."""
     model = checkpoint.load_model(path)
@@ -115,7 +128,7 @@ def test_openai_structure_is_read_from_the_weights(tmp_path, scale_shift_norm):
     path = saved(tmp_path / "a.ckpt", (64, 3, 0, 0), **network)
     to_openai(path, tmp_path / "a.pt")
     notes = formats.import_checkpoint(tmp_path / "a.pt", tmp_path / "b.ckpt")
-    assert "image_size 64, num_head_channels 64, dropout 0.0" in notes[0]
+    assert "image_size 64, num_head_channels 64, dropout 0.0, precond cm" in notes[0]
     old, new = checkpoint.load(path), checkpoint.load(tmp_path / "b.ckpt")
     cfg = checkpoint.config_of(new, "").network
     assert sorted(cfg.attn_resolutions) == [16, 32]
@@ -131,6 +144,7 @@ def test_openai_arch_is_checked_against_the_weights(tmp_path, capsys):
         ("image_size", "16"): "must be whole numbers",
         ("num_heads", 4): "num_heads: is not known",
         ("dropout", 1.5): "network.dropout",
+        ("precond", "ve"): "precond: is cm (consistency) or edm (diffusion), found 've'",
     }.items():
         arch.write_text(json.dumps({**told, change[0]: change[1]}))
         assert message in refused("import", OPENAI, tmp_path / "a.ckpt", "--arch", arch, capsys=capsys)

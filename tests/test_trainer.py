@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoint
 import config
+import metrics
 import trainer
 from config import ConfigError
 
@@ -303,3 +304,38 @@ def test_two_ranks_train_as_one_process(tmp_path):
     assert result.returncode == 0, result.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all((one[k] - two[k]).norm() <= 1e-6 * one[k].norm() + 1e-12 for k in one)
+
+
+def test_the_best_checkpoint_by_score_is_kept(tmp_path, monkeypatch):
+    """Scores fall, rise and fall below: best.ckpt holds the last step, then a resumed run betters only a worse one."""
+    scores = iter([5.0, 3.0, 4.0])
+    monkeypatch.setattr(metrics, "score", lambda *args, **kwargs: {"fid": next(scores)})
+    settings = {"every": 2, "num": 100, "features": "classifier", "at_end": False}
+    trainer.train(tiny(tmp_path, metrics=settings))
+    best = checkpoint.load(tmp_path / "checkpoints" / "best.ckpt")
+    assert best["step"] == 4 and best["best"]["scores"] == {"fid": 3.0}
+    assert checkpoint.load_model(tmp_path / "checkpoints" / "best.ckpt") is not None
+
+    scores = iter([3.5, 2.5])
+    trainer.train(tiny(tmp_path, metrics=settings, train={"steps": 8}), resume=True)
+    assert checkpoint.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 4  # 3.5 is no better
+    trainer.train(tiny(tmp_path, metrics=settings, train={"steps": 10}), resume=True)
+    assert checkpoint.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 10
+
+    scores = iter([9.0])  # by another metric figures do not compare
+    trainer.train(tiny(tmp_path, metrics={**settings, "num": 200}, train={"steps": 12}), resume=True)
+    assert checkpoint.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 12
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "is_better"),
+    [
+        ({"fid": 1.0}, {"fid": 2.0}, True),
+        ({"isc": 1.0}, {"isc": 2.0}, False),
+        ({"precision": 0.7, "recall": 0.1}, {"precision": 0.6, "recall": 0.9}, True),
+        ({"fid": 1.0}, {"fid": float("nan")}, True),
+        ({"fid": float("nan")}, {"fid": 2.0}, False),
+    ],
+)
+def test_better_knows_which_way_a_figure_points(new, old, is_better):
+    assert metrics.better(new, old) is is_better
