@@ -6,6 +6,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -67,9 +69,12 @@ class RunLog:
                 self.told_at = now
         self.step, self.read_at = step, now
 
-    def pause(self) -> None:
-        """Start timing anew: what came since the last entry (scoring, saving) was no training."""
-        self.read_at = time.perf_counter()
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What happens inside (sampling, scoring) is no training: it does not count in images/s."""
+        started = time.perf_counter()
+        yield
+        self.read_at += time.perf_counter() - started
 
     def close(self) -> None:
         if self.shown:

@@ -300,10 +300,11 @@ class Trainer:
                 self.write_log()
             if self.step % cfg.train.save_every == 0 or last or stop:
                 self.save()
-            if due(self.step, cfg.sample.every) or last:
-                self.write_grid()
-            if due(self.step, cfg.metrics.every) or (last and cfg.metrics.at_end):
-                self.score()
+            with self.log.untimed():
+                if due(self.step, cfg.sample.every) or last:
+                    self.write_grid()
+                if due(self.step, cfg.metrics.every) or (last and cfg.metrics.at_end):
+                    self.score()
         self.log.close()
         self.say_next()
 
@@ -415,7 +416,6 @@ class Trainer:
         pictures.write_png(image, path)
         self.log.picture(self.step, image)
         self.log.say(f"samples: {path}")
-        self.log.pause()
 
     def score(self) -> None:
         """Score samples from the EMA weights; a score that cannot be had is said, and loses nothing."""
@@ -433,7 +433,6 @@ class Trainer:
         self.log.say(f"score: {metrics.describe(scores, cfg, cfg.num)}")
         if cfg.every:
             self.keep_best(scores)
-        self.log.pause()
 
     def keep_best(self, scores: dict[str, float]) -> None:
         """Keep this step as best.ckpt if it scores better, by the same metric, than the one there."""

@@ -76,9 +76,7 @@ def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes:
         overrides.append(f"train.init_from={out}/{row['init_from']}-seed{seed}/checkpoints/last.ckpt")
     overrides += budget(row["cfg"], overrides, folder, images, minutes)
     cfg = config.load(ROOT / row["cfg"], overrides)
-    started = time.perf_counter()
     trainer.train(cfg, resume=(folder / "config.yml").exists())
-    taken = (time.perf_counter() - started) / 60
     state = checkpoint.load(folder / "checkpoints" / "last.ckpt")
     if state["step"] < cfg.train.steps:
         sys.exit("stopped; the same command goes on")
@@ -99,7 +97,7 @@ def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes:
         "features": metrics.features_name(cfg.metrics),
         "samples": cfg.metrics.num,
         "images": cfg.train.steps * cfg.train.batch_size,
-        "minutes": round(taken, 2),
+        "minutes": round(curve(folder)[-1][1], 2),
         "command": f"python main.py --cfg {row['cfg']} {' '.join(overrides)}",
         "commit": git("rev-parse", "--short", "HEAD"),
         "date": datetime.date.today().isoformat(),
@@ -193,7 +191,7 @@ def write_curves(results: list[dict], out: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for r in results:
         folder = out / f"{r['name']}-seed{r['seed']}"
-        points = curve(folder)
+        points = [point for point in curve(folder) if point[2] is not None]
         if not points or r["seed"] != results[0]["seed"]:
             continue
         batch = config.load(folder / "config.yml").train.batch_size
@@ -208,15 +206,14 @@ def write_curves(results: list[dict], out: Path) -> None:
     plt.close(figure)
 
 
-def curve(folder: Path) -> list[tuple[int, float, float]]:
-    """(step, minutes of training so far, distance) of every score that a run took on the way."""
-    points, minutes, at = [], 0.0, (0, 0)
+def curve(folder: Path) -> list[tuple[int, float, float | None]]:
+    """(step, minutes of training so far, distance or None) of every entry in a run's log; scoring takes no minutes."""
+    points, minutes, images = [], 0.0, 0
     for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if "images_per_second" in entry:
-            minutes += (entry["images"] - at[1]) / entry["images_per_second"] / 60
-            at = (entry["step"], entry["images"])
-        elif "fid" in entry:
-            points.append((entry["step"], minutes, entry["fid"]))
+            minutes += (entry["images"] - images) / entry["images_per_second"] / 60
+            images = entry["images"]
+        points.append((entry["step"], minutes, entry.get("fid")))
     return points
 
 
