@@ -342,11 +342,11 @@ def test_better_knows_which_way_a_figure_points(new, old, is_better):
 
 
 def test_sampling_and_scoring_do_not_count_as_training(tmp_path, monkeypatch):
-    """Half a second of sampling between two entries changes images/s by less than a half, not fifty-fold."""
+    """Steps of 20 ms with 16 images are at most 800 images/s; half a second of sampling among them would make it 60."""
     monkeypatch.setattr(trainer.Trainer, "write_grid", lambda self: time.sleep(0.5))
     monkeypatch.setattr(trainer.Trainer, "train_step", lambda self, *batch: time.sleep(0.02))
     monkeypatch.setattr(trainer.Trainer, "write_log", lambda self: self.log.progress(self.step, {"loss": 1.0}))
     trainer.train(tiny(tmp_path, sample={"every": 3}, train={"steps": 12, "log_every": 2, "save_every": 100}))
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     speeds = [entry["images_per_second"] for entry in entries]
-    assert len(speeds) == 6 and max(speeds) < 2 * min(speeds) and max(speeds) < 16 / 0.02 * 1.01
+    assert len(speeds) == 6 and 100 < min(speeds) and max(speeds) < 16 / 0.02 * 1.01
