@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import config
 import networks
@@ -148,3 +149,16 @@ def test_cmt_goes_on_to_ect_with_a_constant_q_of_4096():
     assert (ect.objective.q, ect.objective.double_kimg, ect.train.lr_decay) == (4096, None, "linear")
     assert ect.train.steps * ect.train.batch_size == 12_800_000
     assert mid.train.steps * mid.train.batch_size == 38_400_000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.yml")), ids=lambda path: path.stem)
+def test_every_row_of_a_benchmark_is_a_config(path):
+    rows = yaml.safe_load(path.read_text())
+    if isinstance(rows, dict):  # a config itself, that rows share
+        rows = [{"name": "itself", "cfg": path.relative_to(ROOT)}]
+    names = [row["name"] for row in rows]
+    assert len(set(names)) == len(names)
+    for row in rows:
+        assert {row.get("teacher"), row.get("init_from")} <= {None, *names}
+        teacher = [f"objective.teacher={row['teacher']}"] if "teacher" in row else []
+        config.load(ROOT / row["cfg"], [*row.get("set", []), *teacher])
