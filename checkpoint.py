@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import networks
+import vectors
 from config import Arguments, Config, ConfigError, parse
 
 FORMAT = 1
@@ -116,8 +117,9 @@ def config_of(state: dict[str, Any], path: str | Path) -> Config:
 def load_model(path: str | Path, device: torch.device | str = "cpu", average: int = 0) -> torch.nn.Module:
     """The preconditioned EMA model of a checkpoint, in eval mode: model(x, sigma, class_labels=None) -> clean data.
 
-    `average` picks one of several EMAs. The model also carries `class_counts`, the training set's, or None. Raises
-    CheckpointError.
+    `average` picks one of several EMAs. The model also carries `class_counts`, the training set's, or None. A model of
+    vectors takes condition=(B, K), and carries `scaling`, a vectors.Scaling: scaling.condition(c) makes of conditions
+    what it takes, scaling.restore(D) of what it gives the data's own units. Raises CheckpointError.
     """
     return model_from(load(path), path, average).to(device)
 
@@ -130,6 +132,8 @@ def model_from(state: dict[str, Any], path: str | Path, average: int = 0) -> tor
     model = networks.build(cfg.network, **state["data"]["shape"])
     _fill(model, state["ema"][average], path)
     model.class_counts = state["data"]["class_counts"]
+    if scaling := state["data"].get("scaling"):
+        model.scaling = vectors.Scaling(**scaling)
     return model.eval().requires_grad_(False)
 
 

@@ -175,6 +175,8 @@ def input_files(args: argparse.Namespace) -> list[Path]:
 
 
 def check_model(args: argparse.Namespace, model: Preconditioner) -> None:
+    if model.scaling is not None:
+        raise ConfigError(f"--ckpt: {args.ckpt} makes vectors; editing is for images")
     if args.task == "colorize" and model.img_channels == 1:
         raise ConfigError(f"colorize: {args.ckpt} makes grey pictures; it takes a model trained with data.channels: 3")
     side, factor = model.img_resolution, args.factor

@@ -63,6 +63,7 @@ def arguments() -> config.Arguments:
     add("--batch", type=count, default=256, metavar="B", help="samples drawn at a time [256]; changes no sample")
     add("--seed", type=natural, default=0, metavar="K", help="sample i of seed K is always the same [0]")
     add("--class", type=natural, dest="class_index", metavar="C", help="draw this class only")
+    add("--conditions", metavar="FILE", help="for vectors: sample i gets row i of this npy or npz [training set's]")
     add("--ema", type=natural, default=0, metavar="I", help="which of several averages, counted from 0 [0]")
     add("--out", metavar="DIR", help="folder for the images [a new one in the run folder]; a stopped run's goes on")
     add("--format", choices=("png", "npz", "grid"), help="single images, arrays, one picture [grid; npz over 400]")
@@ -82,7 +83,7 @@ def check(args: argparse.Namespace) -> None:
         return
     if not (args.calc_fid or args.nearest):
         raise ConfigError("--samples: say what to do with them: --calc_fid, --nearest or both")
-    for name in ("num", "steps", "sigmas", "search_sigmas", "sweep", "class_index", "format"):
+    for name in ("num", "steps", "sigmas", "search_sigmas", "sweep", "class_index", "conditions", "format"):
         if getattr(args, name) is not None:
             option = "--class" if name == "class_index" else "--" + name.replace("_", "-")
             raise ConfigError(f"{option}: is for sampling from a checkpoint; --samples takes the images that are there")
@@ -150,6 +151,10 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     state = checkpoint.load(args.ckpt)
     check_network(cfg, checkpoint.config_of(state, args.ckpt), args.ckpt)
     model = checkpoint.model_from(state, args.ckpt, args.ema).to(device)
+    if model.scaling is not None:
+        return sample_vectors(args, cfg, model)
+    if args.conditions is not None:
+        raise ConfigError("--conditions: is for models of vectors; --class asks an image model for a class")
     (rank, world), searching = place(), bool(args.search_sigmas or args.sweep)
     if rank > 0 and searching:
         return 0
@@ -178,6 +183,48 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     return 0
 
 
+def sample_vectors(args: argparse.Namespace, cfg: Config, model: Any) -> int:
+    """Samples of a model of vectors as npz, and their distance to the training set."""
+    import torch
+
+    import data
+    import vectors
+    from devices import place
+
+    for name in ("nearest", "search_sigmas", "sweep", "class_index"):
+        if getattr(args, name) not in (None, False):
+            option = "--class" if name == "class_index" else "--" + name.replace("_", "-")
+            raise ConfigError(f"{option}: is for images, and {args.ckpt} makes vectors")
+    if args.format not in (None, "npz"):
+        raise ConfigError(f"--format: {args.format} is for images; vectors are written as npz")
+    if args.conditions is not None and not model.condition_dim:
+        raise ConfigError("--conditions: this model was trained without; train one with data.conditional: true")
+    if args.conditions is not None and args.calc_fid:
+        raise ConfigError("--calc_fid: compares with the training set under its own conditions; leave out --conditions")
+    args.format = "npz"
+    own = None if args.conditions is None else vectors.read_conditions(args.conditions, model.condition_dim)
+    num = args.num or (len(own) if own is not None else vectors.SCORED if args.calc_fid else 64)
+    dataset, conditions = None, None
+    if args.calc_fid or (model.condition_dim and own is None):
+        dataset = data.load(cfg.data)
+        if not isinstance(dataset, vectors.Vectors) or dataset.shape != model.shape:
+            raise ConfigError(f"data.path: {cfg.data.path} does not hold vectors of the checkpoint's shape {model.shape}")
+        if dataset.condition_dim != model.condition_dim:
+            raise ConfigError(f"data.path: the conditions in {cfg.data.path} are not of the checkpoint's size")
+        conditions = dataset.draw_conditions(args.seed, range(num))
+    if own is not None:
+        conditions = own[torch.arange(num) % len(own)]
+    sigmas, solver = chosen_levels(args, cfg)
+    drawing = Drawing(model, args.seed, num, sigmas, solver, None, args.batch, conditions=conditions)
+    samples, out = keep(drawing, args, cfg)
+    if place()[0] == 0:
+        print(f"{num:,} vectors, {drawing.nfe} evaluations each, seed {args.seed}; written: {out / 'samples'}")
+        if args.calc_fid:
+            scores, compared = vectors.score(samples, conditions, dataset, model.scaling)
+            print(f"score at {drawing.nfe} NFE: {vectors.describe(scores, compared)}")
+    return 0
+
+
 def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> int:
     """Score images made elsewhere, by the same code. One rank does it."""
     from devices import place
@@ -185,6 +232,8 @@ def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> 
     if place()[0] > 0:
         return 0
     dataset = training_set(args, cfg)
+    if dataset is not None and not hasattr(dataset, "channels"):
+        raise ConfigError(f"--samples: scores images, and {cfg.data.path} holds vectors")
     images = read_images(Path(args.samples), cfg, dataset.channels if dataset else None)
     out = new_folder(args, cfg) if args.nearest else None
     judge(args, cfg, device, images, dataset, out, "score")
@@ -240,11 +289,12 @@ class Drawing:
     labels: torch.Tensor | None  # int64 (num,)
     batch: int
     guidance: float | None = None
+    conditions: torch.Tensor | None = None  # float32 (num, K), of vectors
     drawn: int = 0
     seconds: float = 0.0
 
     def draw(self, start: int, stop: int) -> torch.Tensor:
-        """Samples start..stop, uint8 (N, C, H, W) on the CPU."""
+        """Samples start..stop on the CPU: uint8 (N, C, H, W), or vectors, float32 (N, ...)."""
         import torch
 
         import data
@@ -252,11 +302,11 @@ class Drawing:
 
         started = time.perf_counter()
         labels = None if self.labels is None else self.labels[start:stop]
-        indices = range(start, stop)
+        indices, conditions = range(start, stop), None if self.conditions is None else self.conditions[start:stop]
         batches = sampler.generate(
-            self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch, self.guidance
+            self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch, self.guidance, conditions
         )
-        images = torch.cat([data.to_uint8(x).cpu() for x in batches])
+        images = torch.cat([(data.to_uint8(x) if self.model.scaling is None else x).cpu() for x in batches])
         self.drawn, self.seconds = self.drawn + len(images), self.seconds + time.perf_counter() - started
         return images
 
@@ -278,7 +328,8 @@ class Drawing:
         digest = hashlib.sha256()
         for name, value in self.model.state_dict().items():
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        labels = None if self.labels is None else hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()[:16]
+        given = self.labels if self.conditions is None else self.conditions
+        labels = None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()[:16]
         return {
             "weights": digest.hexdigest()[:16],
             "seed": self.seed,
@@ -376,8 +427,10 @@ def training_set(args, cfg: Config, need: tuple[int, int] | None = None) -> Data
     if cfg.metrics.reference is not None and not args.nearest:
         return None
     dataset = data.load(cfg.data)
+    if need is None:
+        return dataset
     have = (dataset.channels, dataset.resolution)
-    if need is not None and have != need:
+    if have != need:
         raise ConfigError(f"data: is {have[0]}x{have[1]}x{have[1]} and the checkpoint's {need[0]}x{need[1]}x{need[1]}")
     return dataset
 
@@ -386,7 +439,8 @@ def training_set(args, cfg: Config, need: tuple[int, int] | None = None) -> Data
 
 
 def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config):
-    """Draw the samples and write them as the command asks; (the images, their folder). Every rank takes its share."""
+    """Draw the samples and write them as the command asks; (the images or vectors, their folder), by all ranks."""
+    import numpy as np
     import torch
     import torch.distributed as dist
 
@@ -399,14 +453,18 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config):
     out, missing = agreed(lambda: start_folder(drawing, args, cfg, format))
     for start in missing[rank::world]:
         stop = min(start + SHARD, drawing.num)
-        labels = None if drawing.labels is None else drawing.labels[start:stop]
-        write_shard(drawing.draw(start, stop), labels, start, shard_path(out, start, format))
+        given = drawing.labels if drawing.conditions is None else drawing.conditions
+        given = None if given is None else given[start:stop]
+        write_shard(drawing.draw(start, stop), given, start, shard_path(out, start, format))
         if rank == 0 and drawing.num > SHARD:
             print(f"samples to {stop:,} of {drawing.num:,}  {drawing.speed()}", flush=True)
     if world > 1:
         dist.barrier()
     if rank > 0:
         return None, out
+    if drawing.model.scaling is not None:
+        files = (shard_path(out, start, format) for start in range(0, drawing.num, SHARD))
+        return torch.cat([torch.from_numpy(np.load(file)["vectors"]) for file in files]), out
     if format != "grid":
         images = read_images(out, cfg, drawing.model.img_channels)
     else:
@@ -476,12 +534,16 @@ def missing_shards(out: Path, manifest: dict[str, Any]) -> list[int]:
 
 
 def write_shard(images: torch.Tensor, labels: torch.Tensor | None, start: int, path: Path) -> None:
-    """Write uint8 images (N, C, H, W) as an npz or a folder of PNG files, whole or not at all."""
+    """Write uint8 images (N, C, H, W) as an npz or a folder of PNG files, or vectors as an npz; whole or not at all."""
     import numpy as np
 
     import pictures
+    import vectors
     from checkpoint import write_atomically
 
+    if images.is_floating_point():
+        write_atomically(path, lambda file: vectors.write(images, labels, file))
+        return
     if path.suffix == ".npz":
         arrays = {"images": images.permute(0, 2, 3, 1).numpy()}
         if labels is not None:

@@ -304,7 +304,7 @@ MUTANTS = [
     ),
     Mutant(
         "samples-without-labels", "sampler.py",
-        "noise_at, model.sigma_min, class_labels=one_hot)", "noise_at, model.sigma_min)",
+        "noise_at, model.sigma_min, **given)", "noise_at, model.sigma_min)",
         "the class asked for is not the class drawn", "sampler",
     ),
     # Distillation
