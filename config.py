@@ -8,8 +8,9 @@ import itertools
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,7 +30,8 @@ class ConfigError(ValueError):
 class Arguments(argparse.ArgumentParser):
     """A command line whose errors are one line too, with exit code 2."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line and exit with code 2."""
         print(f"{self.prog}: {message}; --help shows what there is", file=sys.stderr)
         sys.exit(2)
 
@@ -56,6 +58,7 @@ class Run(Section):
 
     @property
     def folder(self) -> Path:
+        """dir, or runs/<name>."""
         return Path(self.dir) if self.dir else Path("runs") / self.name
 
 
@@ -484,7 +487,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     return parse(raw, lambda key: where.get(key, str(path)))
 
 
-def parse(raw: dict[str, Any], place=lambda key: "config") -> Config:
+def parse(raw: dict[str, Any], place: Callable[[str], str] = lambda key: "config") -> Config:
     """A checked config from nested dictionaries; `place(key)` says in messages where a key was set."""
     for section, name in DEFAULT_NAMES.items():
         if isinstance(raw.get(section), dict):
@@ -639,7 +642,11 @@ def _check_together(cfg: Config, place) -> None:
     d, n, o, t = cfg.data, cfg.network, cfg.objective, cfg.train
     rules = [
         (n.name == "mlp" and d.name != "npz", "network.name", "mlp makes vectors; set data.name: npz and data.path"),
-        (n.name == "mlp" and getattr(o, "metric", "") == "lpips", "objective.metric", "lpips compares images, not vectors"),
+        (
+            n.name == "mlp" and getattr(o, "metric", "") == "lpips",
+            "objective.metric",
+            "lpips compares images, not vectors",
+        ),
         (
             d.bounds is not None and n.name != "mlp",
             "data.bounds",

@@ -127,10 +127,12 @@ class Dataset:
 
     @property
     def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
         return self.shape[1]
 
     @property
     def resolution(self) -> int:
+        """Pixels per side."""
         return self.shape[2]
 
     def to(self, device: torch.device | str) -> Dataset:
@@ -153,6 +155,7 @@ class Dataset:
         return self.images[indices], None if self.labels is None else self.labels[indices]
 
     def unpack(self, read: tuple[torch.Tensor, torch.Tensor, list[str]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What Files.read gave as images and labels; each broken file is named once."""
         images, used, broken = read
         for message in broken:
             if message not in self.reported:
@@ -269,6 +272,7 @@ class Files:
     stamp: tuple[int, int] = (0, 0)  # the archive's time and size: never read a replaced one through an old index
 
     def load_bytes(self, index: int) -> bytes:
+        """The file's bytes. Raises BrokenImage where there are more than MAX_FILE."""
         name = self.names[index]
         if not self.zipped:
             with open(os.path.join(self.path, name), "rb") as file:

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def arguments() -> config.Arguments:
+    """The command's options."""
     parser = config.Arguments(description="Sample from a checkpoint and score.", allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="settings of the run: its own config.yml")
@@ -90,28 +91,33 @@ def check(args: argparse.Namespace) -> None:
 
 
 def count(text: str) -> int:
+    """A whole number, 1 or more. Raises ValueError."""
     if (value := int(text)) < 1:
         raise ValueError
     return value
 
 
 def several(text: str) -> int:
+    """A whole number, 2 or more. Raises ValueError."""
     if (value := int(text)) < 2:
         raise ValueError
     return value
 
 
 def counts(text: str) -> list[int]:
+    """Whole numbers between commas. Raises ValueError."""
     return [count(part) for part in text.split(",")]
 
 
 def natural(text: str) -> int:
+    """A whole number, 0 or more. Raises ValueError."""
     if not 0 <= (value := int(text)) < 2**63:
         raise ValueError
     return value
 
 
 def numbers(text: str) -> list[float]:
+    """Finite numbers between commas. Raises ValueError."""
     values = [float(part) for part in text.split(",")]
     if not all(map(math.isfinite, values)):
         raise ValueError
@@ -119,12 +125,14 @@ def numbers(text: str) -> list[float]:
 
 
 def yes(text: str) -> bool:
+    """true or false in words. Raises ValueError."""
     if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
         raise ValueError
     return text.lower() in ("true", "1", "yes")
 
 
 def run(args: argparse.Namespace, cfg: Config) -> int:
+    """Do what the command asks on its devices; its exit code."""
     import torch.distributed as dist
 
     import devices
@@ -208,7 +216,9 @@ def sample_vectors(args: argparse.Namespace, cfg: Config, model: Any) -> int:
     if args.calc_fid or (model.condition_dim and own is None):
         dataset = data.load(cfg.data)
         if not isinstance(dataset, vectors.Vectors) or dataset.shape != model.shape:
-            raise ConfigError(f"data.path: {cfg.data.path} does not hold vectors of the checkpoint's shape {model.shape}")
+            raise ConfigError(
+                f"data.path: {cfg.data.path} does not hold vectors of the checkpoint's shape {model.shape}"
+            )
         if dataset.condition_dim != model.condition_dim:
             raise ConfigError(f"data.path: the conditions in {cfg.data.path} are not of the checkpoint's size")
         conditions = dataset.draw_conditions(args.seed, range(num))
@@ -240,7 +250,15 @@ def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> 
     return 0
 
 
-def judge(args, cfg: Config, device, images, dataset: Dataset | None, out: Path | None, title: str) -> None:
+def judge(
+    args: argparse.Namespace,
+    cfg: Config,
+    device: torch.device,
+    images: Any,
+    dataset: Dataset | None,
+    out: Path | None,
+    title: str,
+) -> None:
     """Print the scores and the copies among `images`, as the command asks."""
     import metrics
 
@@ -251,7 +269,7 @@ def judge(args, cfg: Config, device, images, dataset: Dataset | None, out: Path 
         show_nearest(images, dataset, device, out / "nearest.png")
 
 
-def show_nearest(images, dataset: Dataset, device: torch.device, path: Path, shown: int = 64) -> None:
+def show_nearest(images: Any, dataset: Dataset, device: torch.device, path: Path, shown: int = 64) -> None:
     """Draw the samples that are nearest to a training image beside the five nearest, and say how many are copies."""
     import torch
 
@@ -318,9 +336,11 @@ class Drawing:
 
     @property
     def nfe(self) -> int:
+        """Evaluations of the network per sample."""
         return 2 * len(self.sigmas) - 1 if self.solver == "heun" else len(self.sigmas)
 
     def speed(self) -> str:
+        """Samples a second, in words."""
         return f"{self.drawn / self.seconds:,.0f} images/s" if self.drawn else "all were there already"
 
     def manifest(self, format: str) -> dict[str, Any]:
@@ -366,6 +386,7 @@ class Stream:
         return torch.cat(parts)[order.argsort()]
 
     def piece(self, i: int) -> torch.Tensor:
+        """Piece i, uint8 (n, C, H, W); the last one read is kept."""
         if self.held is None or self.held[0] != i:
             self.held = None  # before the next is read: never two
             self.held = (i, self.read(i))
@@ -402,7 +423,7 @@ def chosen_levels(args: argparse.Namespace, cfg: Config, steps: int | None = Non
     return args.sigmas, "multistep" if solver == "heun" else solver
 
 
-def chosen_labels(args, num: int, model):
+def chosen_labels(args: argparse.Namespace, num: int, model: Any) -> torch.Tensor | None:
     """int64 (num,) classes: the one asked for, or drawn as often as in the training set; None without labels."""
     import torch
 
@@ -417,7 +438,7 @@ def chosen_labels(args, num: int, model):
     return torch.full((num,), args.class_index)
 
 
-def training_set(args, cfg: Config, need: tuple[int, int] | None = None) -> Dataset | None:
+def training_set(args: argparse.Namespace, cfg: Config, need: tuple[int, int] | None = None) -> Dataset | None:
     """The training set to compare with; None where metrics.reference holds all that is asked for.
 
     need: (channels, resolution) of the samples. Raises ConfigError where the set has others.
@@ -438,7 +459,7 @@ def training_set(args, cfg: Config, need: tuple[int, int] | None = None) -> Data
 # Samples on disk ------------------------------------------------------------------------------------------------------
 
 
-def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config):
+def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config) -> tuple[Any, Path]:
     """Draw the samples and write them as the command asks; (the images or vectors, their folder), by all ranks."""
     import numpy as np
     import torch
@@ -525,10 +546,12 @@ def new_folder(args: argparse.Namespace, cfg: Config) -> Path:
 
 
 def shard_path(out: Path, start: int, format: str) -> Path:
+    """Where the samples from `start` on are kept."""
     return out / "samples" / (f"{start:06d}.npz" if format == "npz" else f"{start:06d}")
 
 
 def missing_shards(out: Path, manifest: dict[str, Any]) -> list[int]:
+    """The first index of every shard that is not there."""
     starts = range(0, manifest["num"], SHARD)
     return [start for start in starts if not shard_path(out, start, manifest["format"]).exists()]
 
@@ -559,6 +582,7 @@ def write_shard(images: torch.Tensor, labels: torch.Tensor | None, start: int, p
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
+    """What tells the samples in `out` from others. Raises ConfigError."""
     try:
         manifest = json.loads((out / "manifest.json").read_text())
         missing_shards(out, manifest)
@@ -567,7 +591,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
         raise ConfigError(f"{out / 'manifest.json'}: cannot be read; name another folder") from None
 
 
-def read_images(path: Path, cfg: Config, channels: int | None):
+def read_images(path: Path, cfg: Config, channels: int | None) -> Any:
     """Images of a folder that generate.py made, another folder of images or npz files, or one npz; read piece by piece.
 
     channels: to bring them to (grey images are often saved as RGB). Raises ConfigError.

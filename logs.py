@@ -72,6 +72,7 @@ class RunLog:
         self.read_at = time.perf_counter()
 
     def close(self) -> None:
+        """End the progress bar and the TensorBoard file."""
         if self.shown:
             self.bar.close()
             self.writer.close()

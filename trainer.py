@@ -198,8 +198,8 @@ class Trainer:
         kind = "images" if self.scaling is None else "vectors"
         self.log.say(
             f"{self.folder}: {cfg.objective.name} on {len(self.dataset):,} {kind} of {cfg.data.name}, "
-            f"{'x'.join(map(str, self.model.shape))}; {cfg.network.name} of {size:.2f}M parameters; {self.world} x {self.device}, {self.precision}; step {self.step:,} of "
-            f"{cfg.train.steps:,}"
+            f"{'x'.join(map(str, self.model.shape))}; {cfg.network.name} of {size:.2f}M "
+            f"parameters; {self.world} x {self.device}, {self.precision}; step {self.step:,} of {cfg.train.steps:,}"
         )
 
     def close(self) -> None:

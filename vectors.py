@@ -98,10 +98,13 @@ def from_arrays(cfg: Any, path: str, arrays: dict[str, np.ndarray | None]) -> Ve
 def _floats(where: str, array: np.ndarray) -> torch.Tensor:
     if array.dtype.kind != "f":
         raise ConfigError(f"data.path: {where} are {array.dtype} {array.shape}; they must be floats")
-    bad = len(array) and np.argwhere(~np.isfinite(array.reshape(len(array), -1)))
+    with np.errstate(over="ignore"):
+        tensor = torch.from_numpy(array.astype(np.float32))
+    bad = (~tensor.isfinite()).nonzero()
     if len(bad):
-        raise ConfigError(f"data.path: {where} are not finite in row {bad[0][0]}; remove such rows")
-    return torch.from_numpy(array.astype(np.float32))
+        row = f" in row {int(bad[0][0])}" if tensor.ndim else ""
+        raise ConfigError(f"data.path: {where} are not finite in float32{row}; remove what is not")
+    return tensor
 
 
 def _show(tensor: torch.Tensor) -> str:
@@ -144,13 +147,13 @@ class Scaling(torch.nn.Module):
 
     @classmethod
     def fit(cls, dataset: Vectors, sigma_data: float = 0.5, bounds: str | None = None) -> Scaling:
-        """The normalisation of a training set. An element that never changes is only shifted."""
+        """The normalisation of a training set. An element that never changes comes back as it was in every sample."""
         limits = {"low": dataset.low, "high": dataset.high} if bounds else {}
         scaling = cls(sigma_data, bounds, **limits)
         for name, values in (("", scaling.open(dataset.values)), ("condition_", dataset.conditions)):
             if values is not None:
                 std, mean = torch.std_mean(values.double(), dim=0, correction=0)
-                std[std < 1e-6 * mean.abs().clamp(min=1e-6)] = 1
+                std[std < 1e-6 * mean.abs()] = 0
                 setattr(scaling, f"{name}mean", mean.float())
                 setattr(scaling, f"{name}std", std.float())
         return scaling
@@ -162,7 +165,7 @@ class Scaling(torch.nn.Module):
 
     def normalise(self, values: torch.Tensor) -> torch.Tensor:
         """Data (B, *shape) in their own units -> what the model sees; in their dtype."""
-        return (self.open(values) - self.mean) / self.std * self.sigma_data
+        return (self.open(values) - self.mean) / nonzero(self.std) * self.sigma_data
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """What the model gives (B, *shape) -> data in their own units, inside the bounds: the inverse."""
@@ -174,7 +177,7 @@ class Scaling(torch.nn.Module):
 
     def condition(self, conditions: torch.Tensor) -> torch.Tensor:
         """Conditions (B, K) in their own units -> what the model sees: mean 0, standard deviation 1."""
-        return (conditions - self.condition_mean) / self.condition_std
+        return (conditions - self.condition_mean) / nonzero(self.condition_std)
 
     def open(self, values: torch.Tensor) -> torch.Tensor:
         """atanh of the values' place between the bounds, for bounds "tanh"; else the values."""
@@ -182,6 +185,11 @@ class Scaling(torch.nn.Module):
             return values
         place = (2 * values - self.low - self.high) / (self.high - self.low)
         return place.clamp(-SQUASHED, SQUASHED).atanh()
+
+
+def nonzero(std: torch.Tensor) -> torch.Tensor:
+    """std with 1 in place of 0, to divide by."""
+    return torch.where(std == 0, 1, std)
 
 
 # A score --------------------------------------------------------------------------------------------------------------
@@ -246,7 +254,9 @@ def read_conditions(path: str, dim: int) -> torch.Tensor:
                 array = arrays["conditions"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"--conditions: {path} cannot be read as an npy, or an npz's `conditions` ({reason})") from None
+        raise ConfigError(
+            f"--conditions: {path} cannot be read as an npy, or an npz's `conditions` ({reason})"
+        ) from None
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != dim or not len(array):
         raise ConfigError(f"--conditions: {path} holds {array.dtype} {array.shape}; this model needs floats (M, {dim})")
     if not np.isfinite(array).all():

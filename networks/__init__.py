@@ -23,7 +23,8 @@ def build(
 ) -> Preconditioner:
     """The preconditioned network that the config's `network` section describes, with fresh float32 weights on the CPU.
 
-    Draws them from torch's global generator. ValueError where the settings do not fit the data. The weights are NCHW, the faster layout on a CPU (its channels_last group norm is slow); on a GPU, ask `.to()` for channels_last.
+    Draws them from torch's global generator. ValueError where the settings do not fit the data. The weights are NCHW,
+    the faster layout on a CPU (its channels_last group norm is slow); on a GPU, ask `.to()` for channels_last.
     """
     settings = network_cfg.model_dump()
     network = NETWORKS[settings.pop("name")]
