@@ -72,7 +72,7 @@ class Data(Section):
     dir: str = "data"
     """Folder for downloads and caches."""
     path: str | None = None
-    """A folder tree (folder), ImageNet's train folder (imagenet9), EDM's images + dataset.json (zip), arrays (npz)."""
+    """A folder tree (folder), ImageNet's train folder (imagenet9), EDM's dataset (zip), images or vectors (npz)."""
     resolution: int | None = Field(None, ge=4, le=1024)
     """Side of the square images in pixels; others are resized and centre-cropped. null: the dataset's own."""
     channels: Literal[1, 3] | None = None

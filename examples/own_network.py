@@ -15,7 +15,7 @@ from ema import EMA
 from objectives.ect import EasyConsistencyTuning
 from sampler import multistep
 
-STEPS, BATCH, LENGTH, SD = 100 if "--quick" in sys.argv else 4000, 128, 64, 0.5
+STEPS, BATCH, LENGTH, SD = 10 if "--quick" in sys.argv else 4000, 128, 64, 0.5
 
 
 class Net(torch.nn.Module):

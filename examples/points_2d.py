@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> dict[tuple[str, str], float]:
     parser.add_argument("--quick", action="store_true", help="a trial in seconds, whose figures mean nothing")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    steps, count, reference = (30, 200, 500) if args.quick else (args.steps, 2000, 20_000)
+    steps, count, reference = (10, 200, 500) if args.quick else (args.steps, 2000, 20_000)
     found, rows = {}, []
     print("| data | method | W2 to the data, 1 step | 2 steps | from its trajectory's end | seconds |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -19,6 +19,11 @@ def test_the_api_page_is_current():
     assert {p for p in SOURCES if p.parent.name == "objectives"} <= listed <= set(SOURCES)
 
 
+def test_the_library_page_shows_the_example_as_it_is():
+    page, code = ((ROOT / name).read_text() for name in ("docs/library.md", "examples/own_network.py"))
+    assert f"```python\n{code}```" in page
+
+
 def lacking(body: list[ast.stmt], prefix: str = "") -> list[str]:
     """Public functions and classes without a docstring, arguments and results without a type."""
     found = []
