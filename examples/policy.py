@@ -192,11 +192,13 @@ def compare(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Record, train and try the policies of one task: a row each."""
     (env_id, expert), folder = TASKS[task], Path(args.out)
     data, run = folder / f"{task}.npz", folder / task
-    record(task, data, 20 if args.quick else 500 if task == "pendulum" else 2000)
+    if not data.exists():
+        record(task, data, 20 if args.quick else 500 if task == "pendulum" else 2000)
     settings = [f"run.name={task}", f"run.dir={run}", f"data.path={data}", f"data.bounds={args.bounds}"]
     if args.quick:
         settings += ["train.steps=40", "train.lr_warmup=4", "train.log_every=20", "metrics.num=100"]
     config = ROOT / "configs" / "policy_pendulum.yml"
+    settings += ["--resume"] if run.exists() else []
     subprocess.run([sys.executable, str(ROOT / "main.py"), "--cfg", str(config), *settings], check=True)
     ckpt = run / "checkpoints" / "last.ckpt"
     model = checkpoint.load_model(ckpt)
@@ -237,7 +239,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bounds", choices=("clamp", "tanh"), default="clamp", help="how actions stay in range")
     parser.add_argument("--second", type=float, default=0.8, help="noise level of the second of two steps")
-    parser.add_argument("--out", default="runs/policy", help="folder for data and runs; a new one")
+    parser.add_argument("--out", default="runs/policy", help="folder for data and runs; what is there is used")
     parser.add_argument("--quick", action="store_true", help="a trial in seconds, whose figures mean nothing")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
