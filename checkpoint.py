@@ -13,12 +13,14 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 import networks
+import vectors
 from config import Arguments, Config, ConfigError, parse
 
 FORMAT = 1
@@ -29,7 +31,7 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be read or does not fit; one line that names the file and what is wrong."""
 
 
-def write_atomically(path: Path, write) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call write(file) on a temporary file beside `path`, flush it to disk, then rename it over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -121,8 +123,9 @@ def config_of(state: dict[str, Any], path: str | Path) -> Config:
 def load_model(path: str | Path, device: torch.device | str = "cpu", average: int = 0) -> torch.nn.Module:
     """The preconditioned EMA model of a checkpoint, in eval mode: model(x, sigma, class_labels=None) -> clean data.
 
-    `average` picks one of several EMAs. The model also carries `class_counts`, the training set's, or None. Raises
-    CheckpointError.
+    `average` picks one of several EMAs. The model also carries `class_counts`, the training set's, or None. A model of
+    vectors takes condition=(B, K), and carries `scaling`, a vectors.Scaling: scaling.condition(c) makes of conditions
+    what it takes, scaling.restore(D) of what it gives the data's own units. Raises CheckpointError.
     """
     return model_from(load(path), path, average).to(device)
 
@@ -135,6 +138,8 @@ def model_from(state: dict[str, Any], path: str | Path, average: int = 0) -> tor
     model = networks.build(cfg.network, **state["data"]["shape"])
     _fill(model, state["ema"][average], path)
     model.class_counts = state["data"]["class_counts"]
+    if scaling := state["data"].get("scaling"):
+        model.scaling = vectors.Scaling(**scaling)
     return model.eval().requires_grad_(False)
 
 

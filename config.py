@@ -8,8 +8,9 @@ import itertools
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,7 +30,8 @@ class ConfigError(ValueError):
 class Arguments(argparse.ArgumentParser):
     """A command line whose errors are one line too, with exit code 2."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line and exit with code 2."""
         print(f"{self.prog}: {message}; --help shows what there is", file=sys.stderr)
         sys.exit(2)
 
@@ -56,6 +58,7 @@ class Run(Section):
 
     @property
     def folder(self) -> Path:
+        """dir, or runs/<name>."""
         return Path(self.dir) if self.dir else Path("runs") / self.name
 
 
@@ -69,13 +72,13 @@ class Data(Section):
     dir: str = "data"
     """Folder for downloads and caches."""
     path: str | None = None
-    """A folder tree (folder), ImageNet's train folder (imagenet9), EDM's images + dataset.json (zip), arrays (npz)."""
+    """A folder tree (folder), ImageNet's train folder (imagenet9), EDM's dataset (zip), images or vectors (npz)."""
     resolution: int | None = Field(None, ge=4, le=1024)
     """Side of the square images in pixels; others are resized and centre-cropped. null: the dataset's own."""
     channels: Literal[1, 3] | None = None
     """1 (grey) or 3 (RGB). null: the dataset's own."""
     conditional: bool = False
-    """Train the network on class labels, so that it can be asked for a class."""
+    """Train the network on class labels, so that it can be asked for a class; on conditions, where data are vectors."""
     flip: bool = False
     """Mirror half of the images. Not for digits or letters."""
     augment: float = Field(0.0, ge=0, le=1)
@@ -86,6 +89,8 @@ class Data(Section):
     """Processes that decode images, for sets too large to be kept in memory."""
     memory_gb: NonNegative = 4.0
     """A set that decodes to less than this many GiB of uint8 is kept in memory, on the device where it fits."""
+    bounds: Literal["clamp", "tanh"] | None = None
+    """Keep sampled vectors between the npz's low and high: cut them off, or learn their atanh. null: not kept."""
 
 
 class Network(Section):
@@ -101,6 +106,11 @@ class Network(Section):
     """Lowest noise level."""
     sigma_max: Positive = 80.0
     """Highest noise level: where sampling starts."""
+
+
+class UNet(Network):
+    """What both UNets' settings share."""
+
     model_channels: int = Field(128, ge=4, multiple_of=4)
     """Channels of the first resolution."""
     channel_mult: list[Count] = Field([2, 2, 2], min_length=1)
@@ -119,7 +129,7 @@ class Network(Section):
     """Normalise AdaGN's scale and shift over channels, for sCM (2410.11081 sec. 4.1); needs scale_shift_norm."""
 
 
-class SongUNet(Network):
+class SongUNet(UNet):
     """DDPM++ and NCSN++ (Song et al. 2021, 2011.13456), with EDM's arguments."""
 
     name: Literal["song_unet"] = "song_unet"
@@ -139,7 +149,7 @@ class SongUNet(Network):
     """Let the embedding scale and shift (AdaGN), not only shift."""
 
 
-class DhariwalUNet(Network):
+class DhariwalUNet(UNet):
     """ADM (Dhariwal & Nichol 2021, 2105.05233), with EDM's arguments."""
 
     name: Literal["dhariwal_unet"]
@@ -159,6 +169,16 @@ class DhariwalUNet(Network):
     """Channels of an attention head; ADM's 64."""
     norm_groups: Count | None = None
     """Groups of every group norm; OpenAI's models: 32. null: EDM's min(32, channels / 4)."""
+
+
+class MLP(Network):
+    """A residual MLP for vectors: data.name: npz with an array `vectors`."""
+
+    name: Literal["mlp"]
+    width: int = Field(256, ge=4, multiple_of=2)
+    """Width of every layer."""
+    depth: Count = 4
+    """Residual blocks, of two layers each."""
 
 
 class EDM(Section):
@@ -420,7 +440,7 @@ class Config(Section):
 
     run: Run = Field(default_factory=Run)
     data: Data = Field(default_factory=Data)
-    network: Annotated[SongUNet | DhariwalUNet, Field(discriminator="name")] = Field(default_factory=SongUNet)
+    network: Annotated[SongUNet | DhariwalUNet | MLP, Field(discriminator="name")] = Field(default_factory=SongUNet)
     objective: Annotated[
         EDM | CT | ICT | ECT | CD | TrigFlow | SCT | SCD | TCM | CMT | PD, Field(discriminator="name")
     ] = Field(default_factory=ECT)
@@ -467,7 +487,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     return parse(raw, lambda key: where.get(key, str(path)))
 
 
-def parse(raw: dict[str, Any], place=lambda key: "config") -> Config:
+def parse(raw: dict[str, Any], place: Callable[[str], str] = lambda key: "config") -> Config:
     """A checked config from nested dictionaries; `place(key)` says in messages where a key was set."""
     for section, name in DEFAULT_NAMES.items():
         if isinstance(raw.get(section), dict):
@@ -621,6 +641,17 @@ def _check_together(cfg: Config, place) -> None:
     """Settings that are right alone and wrong together."""
     d, n, o, t = cfg.data, cfg.network, cfg.objective, cfg.train
     rules = [
+        (n.name == "mlp" and d.name != "npz", "network.name", "mlp makes vectors; set data.name: npz and data.path"),
+        (
+            n.name == "mlp" and getattr(o, "metric", "") == "lpips",
+            "objective.metric",
+            "lpips compares images, not vectors",
+        ),
+        (
+            d.bounds is not None and n.name != "mlp",
+            "data.bounds",
+            "is for vectors; set network.name: mlp",
+        ),
         (n.sigma_min >= n.sigma_max, "network.sigma_min", f"must be below network.sigma_max ({n.sigma_max})"),
         (
             d.name in NEEDS_PATH and d.path is None,
@@ -638,7 +669,7 @@ def _check_together(cfg: Config, place) -> None:
             "data.augment mirrors half of the images already, and tells the network; set data.flip: false",
         ),
         (
-            n.label_dropout > 0 and not d.conditional,
+            getattr(n, "label_dropout", 0) > 0 and not d.conditional,
             "network.label_dropout",
             "there are no labels to drop; set data.conditional: true",
         ),
@@ -647,9 +678,13 @@ def _check_together(cfg: Config, place) -> None:
             "train.microbatch",
             f"must divide train.batch_size ({t.batch_size})",
         ),
-        (n.pixel_norm and not n.scale_shift_norm, "network.pixel_norm", "normalises AdaGN; set scale_shift_norm: true"),
         (
-            cfg.sample.guidance is not None and n.label_dropout == 0,
+            getattr(n, "pixel_norm", False) and not n.scale_shift_norm,
+            "network.pixel_norm",
+            "normalises AdaGN; set scale_shift_norm: true",
+        ),
+        (
+            cfg.sample.guidance is not None and getattr(n, "label_dropout", 0) == 0,
             "sample.guidance",
             "needs a network that knows the null label: data.conditional: true and network.label_dropout above 0",
         ),
@@ -665,9 +700,9 @@ def _check_together(cfg: Config, place) -> None:
             f"objective {o.name} needs trigflow",
         ),
         (
-            getattr(o, "guidance", None) is not None and not d.conditional,
+            getattr(o, "guidance", None) is not None and (not d.conditional or n.name == "mlp"),
             "objective.guidance",
-            "guides by labels; set data.conditional: true",
+            "guides by class labels; it needs images and data.conditional: true",
         ),
         (o.name == "pd" and o.N & (o.N - 1) != 0, "objective.N", "must be a power of two"),
         (

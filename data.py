@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import vectors
 from config import ConfigError
 from draws import key
 
@@ -126,10 +127,12 @@ class Dataset:
 
     @property
     def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
         return self.shape[1]
 
     @property
     def resolution(self) -> int:
+        """Pixels per side."""
         return self.shape[2]
 
     def to(self, device: torch.device | str) -> Dataset:
@@ -152,6 +155,7 @@ class Dataset:
         return self.images[indices], None if self.labels is None else self.labels[indices]
 
     def unpack(self, read: tuple[torch.Tensor, torch.Tensor, list[str]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What Files.read gave as images and labels; each broken file is named once."""
         images, used, broken = read
         for message in broken:
             if message not in self.reported:
@@ -160,8 +164,8 @@ class Dataset:
         return images, None if self.labels is None else self.labels[used]
 
 
-def load(data_cfg: Any) -> Dataset:
-    """The training split that the config's `data` section names.
+def load(data_cfg: Any) -> Dataset | vectors.Vectors:
+    """The training split that the config's `data` section names: images, or the vectors of an npz.
 
     Args:
         data_cfg: an object with name, dir, path, resolution, channels, conditional, on_broken and memory_gb.
@@ -172,6 +176,8 @@ def load(data_cfg: Any) -> Dataset:
     if data_cfg.name not in DATASETS:
         raise ConfigError(f"data.name: {data_cfg.name!r} is not one of {', '.join(DATASETS)}")
     dataset = DATASETS[data_cfg.name](data_cfg)
+    if isinstance(dataset, vectors.Vectors):
+        return dataset
     if data_cfg.conditional and dataset.labels is None:
         raise ConfigError(
             f"data.conditional: {data_cfg.name} {data_cfg.path or ''} has no labels; add them (a folder: one subfolder "
@@ -200,7 +206,7 @@ def order(n: int, seed: int, positions: torch.Tensor) -> torch.Tensor:
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Dataset | vectors.Vectors,
     seed: int,
     batch_size: int,  # of all ranks together
     start_step: int = 0,  # the first batch is this step's
@@ -208,6 +214,8 @@ def batches(
     workers: int = 0,  # processes that decode a lazy set; the batches are the same whatever the number
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Endless (uint8 images (B, C, H, W), int64 labels (B,) or None); step k has places [k B, (k+1) B) of `order`.
+
+    Of vectors: (float32 values (B, ...), float32 conditions (B, K) or None).
 
     Raises ConfigError for images that cannot be used, as the config says.
     """
@@ -264,6 +272,7 @@ class Files:
     stamp: tuple[int, int] = (0, 0)  # the archive's time and size: never read a replaced one through an old index
 
     def load_bytes(self, index: int) -> bytes:
+        """The file's bytes. Raises BrokenImage where there are more than MAX_FILE."""
         name = self.names[index]
         if not self.zipped:
             with open(os.path.join(self.path, name), "rb") as file:
@@ -723,8 +732,11 @@ def _zip_labels(path: str, archive: zipfile.ZipFile, names: list[str]) -> list[i
     return labels
 
 
-def npz(cfg: Any) -> Dataset:
-    """An array `images` (or arr_0), uint8, NHWC or NCHW or NHW, and optional integer `labels` (or arr_1) (N,)."""
+def npz(cfg: Any) -> Dataset | vectors.Vectors:
+    """An array `images` (or arr_0), uint8, NHWC or NCHW or NHW, and optional integer `labels` (or arr_1) (N,).
+
+    Or an array `vectors` of floats: see vectors.from_arrays.
+    """
     path = _given_path(cfg, folder=False)
     try:
         arrays = _npz_arrays(path, cfg.memory_gb * 2**30)
@@ -732,10 +744,12 @@ def npz(cfg: Any) -> Dataset:
         raise
     except Exception as error:
         raise ConfigError(f"data.path: {path} cannot be read as an npz file ({_reason(error)})") from error
-    images, labels = arrays
+    if arrays["vectors"] is not None:
+        return vectors.from_arrays(cfg, path, arrays)
+    images, labels = arrays["images"], arrays["labels"]
     if images is None:
         raise ConfigError(
-            f"data.path: {path} holds no array named `images` or `arr_0`; save one: np.savez(..., images=x)"
+            f"data.path: {path} holds no array named `images`, `arr_0` or `vectors`; save one: np.savez(..., images=x)"
         )
     if images.ndim == 3:
         images = images[..., None]
@@ -765,19 +779,24 @@ def npz(cfg: Any) -> Dataset:
     )
 
 
-def _npz_arrays(path: str, limit: float) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Images and labels, each None if absent. Never unpickles; nothing over `limit` bytes is unpacked."""
+# Array -> its other name in files of other programs
+NPZ_ARRAYS = {"images": "arr_0", "labels": "arr_1", "vectors": "", "conditions": "", "low": "", "high": ""}
+
+
+def _npz_arrays(path: str, limit: float) -> dict[str, np.ndarray | None]:
+    """The arrays of NPZ_ARRAYS, each None if absent. Never unpickles; nothing over `limit` bytes is unpacked."""
     with zipfile.ZipFile(path) as archive:
         sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
-        names = [next((n for n in pair if n in sizes), None) for pair in (("images", "arr_0"), ("labels", "arr_1"))]
-        total = sum(sizes[name] for name in names if name)
+        names = {name: next((n for n in (name, other) if n in sizes), None) for name, other in NPZ_ARRAYS.items()}
+        total = sum(sizes[name] for name in names.values() if name)
         if total > limit:
             raise ConfigError(
                 f"data.memory_gb: {path} unpacks to {total / 2**30:.1f} GB; raise data.memory_gb, or keep the images "
                 "in a folder or a zip, which are read piece by piece"
             )
-        arrays = [None if name is None else _read_npy(archive, f"{name}.npy", int(limit)) for name in names]
-    return arrays[0], arrays[1]
+        return {
+            key: None if name is None else _read_npy(archive, f"{name}.npy", int(limit)) for key, name in names.items()
+        }
 
 
 def _read_npy(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:

@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def arguments() -> config.Arguments:
+    """The command's options."""
     parser = config.Arguments(
         description="Edit pictures with a trained model.",
         epilog="tasks: " + "; ".join(f"{name}: {what}" for name, (what, _, _) in TASKS.items()),
@@ -94,6 +95,7 @@ def arguments() -> config.Arguments:
 
 
 def check_options(args: argparse.Namespace) -> None:
+    """Refuse options that the task does not have, and say which it lacks. Raises ConfigError."""
     for option, tasks in NEEDS.items():
         if getattr(args, option) is not None and args.task not in tasks:
             raise ConfigError(f"--{option}: {args.task} takes none; it is for {', '.join(tasks)}")
@@ -118,6 +120,7 @@ class Problem:
 
 
 def run(args: argparse.Namespace, cfg: Config) -> int:
+    """Edit as the command asks; its exit code."""
     import torch  # after the arguments and the config are known to be right: a typo is answered at once
 
     import checkpoint
@@ -175,6 +178,9 @@ def input_files(args: argparse.Namespace) -> list[Path]:
 
 
 def check_model(args: argparse.Namespace, model: Preconditioner) -> None:
+    """Refuse a model that cannot do the task. Raises ConfigError."""
+    if model.scaling is not None:
+        raise ConfigError(f"--ckpt: {args.ckpt} makes vectors; editing is for images")
     if args.task == "colorize" and model.img_channels == 1:
         raise ConfigError(f"colorize: {args.ckpt} makes grey pictures; it takes a model trained with data.channels: 3")
     side, factor = model.img_resolution, args.factor

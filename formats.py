@@ -78,12 +78,13 @@ def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
 
 
 def _state(
-    raw: dict[str, Any], shape: dict[str, int], class_counts: list[int] | None, weights: Weights, path: Path
+    raw: dict[str, Any], shape: dict[str, Any], class_counts: list[int] | None, weights: Weights, path: Path
 ) -> State:
     """A checkpoint's state at step 0 (see trainer.Trainer.state) from raw settings, checked, and weights, not yet."""
     raw = {"run": {"name": re.sub(r"[^\w.-]", "-", path.stem) or "imported"}, **raw}
     cfg = config.parse(raw, lambda key: f"{path} (its settings)")
-    if not all(type(value) is int and value >= 0 for value in shape.values()):
+    sizes = [size for value in shape.values() for size in (value if isinstance(value, list) else [value])]
+    if not all(type(size) is int and size >= 0 for size in sizes):
         raise CheckpointError(f"{path}: its sizes are no whole numbers: {_short(shape)}")
     return {
         "step": 0,
@@ -498,7 +499,8 @@ def read_safetensors(path: Path) -> State:
             about = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         cfg, data = (json.loads(about[key]) for key in ("config", "data"))
-        return _state(cfg, data["shape"], data["class_counts"], weights, path)
+        state = _state(cfg, data["shape"], data["class_counts"], weights, path)
+        return {**state, "data": {**state["data"], "scaling": data.get("scaling")}}  # of vectors
     except config.ConfigError:
         raise
     except KeyError as error:
@@ -686,6 +688,8 @@ def export_onnx(model: torch.nn.Module, state: State, folder: Path) -> list[str]
 
     Weights of 1.5 GiB and more lie beside it in model.onnx.data, since an ONNX file ends at 2 GiB.
     """
+    if model.scaling is not None:
+        raise CheckpointError("--to onnx: is for models of images; take --to safetensors for vectors")
     for package in ("onnx", "onnxscript"):
         _package(package, "--to onnx")
     size = model.img_resolution

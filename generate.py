@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def arguments() -> config.Arguments:
+    """The command's options."""
     parser = config.Arguments(description="Sample from a checkpoint and score.", allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="settings of the run: its own config.yml")
@@ -63,6 +64,7 @@ def arguments() -> config.Arguments:
     add("--batch", type=count, default=256, metavar="B", help="samples drawn at a time [256]; changes no sample")
     add("--seed", type=natural, default=0, metavar="K", help="sample i of seed K is always the same [0]")
     add("--class", type=natural, dest="class_index", metavar="C", help="draw this class only")
+    add("--conditions", metavar="FILE", help="for vectors: sample i gets row i of this npy or npz [training set's]")
     add("--ema", type=natural, default=0, metavar="I", help="which of several averages, counted from 0 [0]")
     add("--out", metavar="DIR", help="folder for the images [a new one in the run folder]; a stopped run's goes on")
     add("--format", choices=("png", "npz", "grid"), help="single images, arrays, one picture [grid; npz over 400]")
@@ -82,35 +84,40 @@ def check(args: argparse.Namespace) -> None:
         return
     if not (args.calc_fid or args.nearest):
         raise ConfigError("--samples: say what to do with them: --calc_fid, --nearest or both")
-    for name in ("num", "steps", "sigmas", "search_sigmas", "sweep", "class_index", "format"):
+    for name in ("num", "steps", "sigmas", "search_sigmas", "sweep", "class_index", "conditions", "format"):
         if getattr(args, name) is not None:
             option = "--class" if name == "class_index" else "--" + name.replace("_", "-")
             raise ConfigError(f"{option}: is for sampling from a checkpoint; --samples takes the images that are there")
 
 
 def count(text: str) -> int:
+    """A whole number, 1 or more. Raises ValueError."""
     if (value := int(text)) < 1:
         raise ValueError
     return value
 
 
 def several(text: str) -> int:
+    """A whole number, 2 or more. Raises ValueError."""
     if (value := int(text)) < 2:
         raise ValueError
     return value
 
 
 def counts(text: str) -> list[int]:
+    """Whole numbers between commas. Raises ValueError."""
     return [count(part) for part in text.split(",")]
 
 
 def natural(text: str) -> int:
+    """A whole number, 0 or more. Raises ValueError."""
     if not 0 <= (value := int(text)) < 2**63:
         raise ValueError
     return value
 
 
 def numbers(text: str) -> list[float]:
+    """Finite numbers between commas. Raises ValueError."""
     values = [float(part) for part in text.split(",")]
     if not all(map(math.isfinite, values)):
         raise ValueError
@@ -118,12 +125,14 @@ def numbers(text: str) -> list[float]:
 
 
 def yes(text: str) -> bool:
+    """true or false in words. Raises ValueError."""
     if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
         raise ValueError
     return text.lower() in ("true", "1", "yes")
 
 
 def run(args: argparse.Namespace, cfg: Config) -> int:
+    """Do what the command asks on its devices; its exit code."""
     import torch.distributed as dist
 
     import devices
@@ -150,6 +159,10 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     state = checkpoint.load(args.ckpt)
     check_network(cfg, checkpoint.config_of(state, args.ckpt), args.ckpt)
     model = checkpoint.model_from(state, args.ckpt, args.ema).to(device)
+    if model.scaling is not None:
+        return sample_vectors(args, cfg, model)
+    if args.conditions is not None:
+        raise ConfigError("--conditions: is for models of vectors; --class asks an image model for a class")
     (rank, world), searching = place(), bool(args.search_sigmas or args.sweep)
     if rank > 0 and searching:
         return 0
@@ -178,6 +191,50 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     return 0
 
 
+def sample_vectors(args: argparse.Namespace, cfg: Config, model: Any) -> int:
+    """Samples of a model of vectors as npz, and their distance to the training set."""
+    import torch
+
+    import data
+    import vectors
+    from devices import place
+
+    for name in ("nearest", "search_sigmas", "sweep", "class_index"):
+        if getattr(args, name) not in (None, False):
+            option = "--class" if name == "class_index" else "--" + name.replace("_", "-")
+            raise ConfigError(f"{option}: is for images, and {args.ckpt} makes vectors")
+    if args.format not in (None, "npz"):
+        raise ConfigError(f"--format: {args.format} is for images; vectors are written as npz")
+    if args.conditions is not None and not model.condition_dim:
+        raise ConfigError("--conditions: this model was trained without; train one with data.conditional: true")
+    if args.conditions is not None and args.calc_fid:
+        raise ConfigError("--calc_fid: compares with the training set under its own conditions; leave out --conditions")
+    args.format = "npz"
+    own = None if args.conditions is None else vectors.read_conditions(args.conditions, model.condition_dim)
+    num = args.num or (len(own) if own is not None else vectors.SCORED if args.calc_fid else 64)
+    dataset, conditions = None, None
+    if args.calc_fid or (model.condition_dim and own is None):
+        dataset = data.load(cfg.data)
+        if not isinstance(dataset, vectors.Vectors) or dataset.shape != model.shape:
+            raise ConfigError(
+                f"data.path: {cfg.data.path} does not hold vectors of the checkpoint's shape {model.shape}"
+            )
+        if dataset.condition_dim != model.condition_dim:
+            raise ConfigError(f"data.path: the conditions in {cfg.data.path} are not of the checkpoint's size")
+        conditions = dataset.draw_conditions(args.seed, range(num))
+    if own is not None:
+        conditions = own[torch.arange(num) % len(own)]
+    sigmas, solver = chosen_levels(args, cfg)
+    drawing = Drawing(model, args.seed, num, sigmas, solver, None, args.batch, conditions=conditions)
+    samples, out = keep(drawing, args, cfg)
+    if place()[0] == 0:
+        print(f"{num:,} vectors, {drawing.nfe} evaluations each, seed {args.seed}; written: {out / 'samples'}")
+        if args.calc_fid:
+            scores, compared = vectors.score(samples, conditions, dataset, model.scaling)
+            print(f"score at {drawing.nfe} NFE: {vectors.describe(scores, compared)}")
+    return 0
+
+
 def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> int:
     """Score images made elsewhere, by the same code. One rank does it."""
     from devices import place
@@ -185,13 +242,23 @@ def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> 
     if place()[0] > 0:
         return 0
     dataset = training_set(args, cfg)
+    if dataset is not None and not hasattr(dataset, "channels"):
+        raise ConfigError(f"--samples: scores images, and {cfg.data.path} holds vectors")
     images = read_images(Path(args.samples), cfg, dataset.channels if dataset else None)
     out = new_folder(args, cfg) if args.nearest else None
     judge(args, cfg, device, images, dataset, out, "score")
     return 0
 
 
-def judge(args, cfg: Config, device, images, dataset: Dataset | None, out: Path | None, title: str) -> None:
+def judge(
+    args: argparse.Namespace,
+    cfg: Config,
+    device: torch.device,
+    images: Any,
+    dataset: Dataset | None,
+    out: Path | None,
+    title: str,
+) -> None:
     """Print the scores and the copies among `images`, as the command asks."""
     import metrics
 
@@ -202,7 +269,7 @@ def judge(args, cfg: Config, device, images, dataset: Dataset | None, out: Path 
         show_nearest(images, dataset, device, out / "nearest.png")
 
 
-def show_nearest(images, dataset: Dataset, device: torch.device, path: Path, shown: int = 64) -> None:
+def show_nearest(images: Any, dataset: Dataset, device: torch.device, path: Path, shown: int = 64) -> None:
     """Draw the samples that are nearest to a training image beside the five nearest, and say how many are copies."""
     import torch
 
@@ -240,11 +307,12 @@ class Drawing:
     labels: torch.Tensor | None  # int64 (num,)
     batch: int
     guidance: float | None = None
+    conditions: torch.Tensor | None = None  # float32 (num, K), of vectors
     drawn: int = 0
     seconds: float = 0.0
 
     def draw(self, start: int, stop: int) -> torch.Tensor:
-        """Samples start..stop, uint8 (N, C, H, W) on the CPU."""
+        """Samples start..stop on the CPU: uint8 (N, C, H, W), or vectors, float32 (N, ...)."""
         import torch
 
         import data
@@ -252,11 +320,11 @@ class Drawing:
 
         started = time.perf_counter()
         labels = None if self.labels is None else self.labels[start:stop]
-        indices = range(start, stop)
+        indices, conditions = range(start, stop), None if self.conditions is None else self.conditions[start:stop]
         batches = sampler.generate(
-            self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch, self.guidance
+            self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch, self.guidance, conditions
         )
-        images = torch.cat([data.to_uint8(x).cpu() for x in batches])
+        images = torch.cat([(data.to_uint8(x) if self.model.scaling is None else x).cpu() for x in batches])
         self.drawn, self.seconds = self.drawn + len(images), self.seconds + time.perf_counter() - started
         return images
 
@@ -268,9 +336,11 @@ class Drawing:
 
     @property
     def nfe(self) -> int:
+        """Evaluations of the network per sample."""
         return 2 * len(self.sigmas) - 1 if self.solver == "heun" else len(self.sigmas)
 
     def speed(self) -> str:
+        """Samples a second, in words."""
         return f"{self.drawn / self.seconds:,.0f} images/s" if self.drawn else "all were there already"
 
     def manifest(self, format: str) -> dict[str, Any]:
@@ -278,7 +348,8 @@ class Drawing:
         digest = hashlib.sha256()
         for name, value in self.model.state_dict().items():
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        labels = None if self.labels is None else hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()[:16]
+        given = self.labels if self.conditions is None else self.conditions
+        labels = None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()[:16]
         return {
             "weights": digest.hexdigest()[:16],
             "seed": self.seed,
@@ -315,6 +386,7 @@ class Stream:
         return torch.cat(parts)[order.argsort()]
 
     def piece(self, i: int) -> torch.Tensor:
+        """Piece i, uint8 (n, C, H, W); the last one read is kept."""
         if self.held is None or self.held[0] != i:
             self.held = None  # before the next is read: never two
             self.held = (i, self.read(i))
@@ -351,7 +423,7 @@ def chosen_levels(args: argparse.Namespace, cfg: Config, steps: int | None = Non
     return args.sigmas, "multistep" if solver == "heun" else solver
 
 
-def chosen_labels(args, num: int, model):
+def chosen_labels(args: argparse.Namespace, num: int, model: Any) -> torch.Tensor | None:
     """int64 (num,) classes: the one asked for, or drawn as often as in the training set; None without labels."""
     import torch
 
@@ -366,7 +438,7 @@ def chosen_labels(args, num: int, model):
     return torch.full((num,), args.class_index)
 
 
-def training_set(args, cfg: Config, need: tuple[int, int] | None = None) -> Dataset | None:
+def training_set(args: argparse.Namespace, cfg: Config, need: tuple[int, int] | None = None) -> Dataset | None:
     """The training set to compare with; None where metrics.reference holds all that is asked for.
 
     need: (channels, resolution) of the samples. Raises ConfigError where the set has others.
@@ -376,8 +448,10 @@ def training_set(args, cfg: Config, need: tuple[int, int] | None = None) -> Data
     if cfg.metrics.reference is not None and not args.nearest:
         return None
     dataset = data.load(cfg.data)
+    if need is None:
+        return dataset
     have = (dataset.channels, dataset.resolution)
-    if need is not None and have != need:
+    if have != need:
         raise ConfigError(f"data: is {have[0]}x{have[1]}x{have[1]} and the checkpoint's {need[0]}x{need[1]}x{need[1]}")
     return dataset
 
@@ -385,8 +459,9 @@ def training_set(args, cfg: Config, need: tuple[int, int] | None = None) -> Data
 # Samples on disk ------------------------------------------------------------------------------------------------------
 
 
-def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config):
-    """Draw the samples and write them as the command asks; (the images, their folder). Every rank takes its share."""
+def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config) -> tuple[Any, Path]:
+    """Draw the samples and write them as the command asks; (the images or vectors, their folder), by all ranks."""
+    import numpy as np
     import torch
     import torch.distributed as dist
 
@@ -399,14 +474,18 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config):
     out, missing = agreed(lambda: start_folder(drawing, args, cfg, format))
     for start in missing[rank::world]:
         stop = min(start + SHARD, drawing.num)
-        labels = None if drawing.labels is None else drawing.labels[start:stop]
-        write_shard(drawing.draw(start, stop), labels, start, shard_path(out, start, format))
+        given = drawing.labels if drawing.conditions is None else drawing.conditions
+        given = None if given is None else given[start:stop]
+        write_shard(drawing.draw(start, stop), given, start, shard_path(out, start, format))
         if rank == 0 and drawing.num > SHARD:
             print(f"samples to {stop:,} of {drawing.num:,}  {drawing.speed()}", flush=True)
     if world > 1:
         dist.barrier()
     if rank > 0:
         return None, out
+    if drawing.model.scaling is not None:
+        files = (shard_path(out, start, format) for start in range(0, drawing.num, SHARD))
+        return torch.cat([torch.from_numpy(np.load(file)["vectors"]) for file in files]), out
     if format != "grid":
         images = read_images(out, cfg, drawing.model.img_channels)
     else:
@@ -467,21 +546,27 @@ def new_folder(args: argparse.Namespace, cfg: Config) -> Path:
 
 
 def shard_path(out: Path, start: int, format: str) -> Path:
+    """Where the samples from `start` on are kept."""
     return out / "samples" / (f"{start:06d}.npz" if format == "npz" else f"{start:06d}")
 
 
 def missing_shards(out: Path, manifest: dict[str, Any]) -> list[int]:
+    """The first index of every shard that is not there."""
     starts = range(0, manifest["num"], SHARD)
     return [start for start in starts if not shard_path(out, start, manifest["format"]).exists()]
 
 
 def write_shard(images: torch.Tensor, labels: torch.Tensor | None, start: int, path: Path) -> None:
-    """Write uint8 images (N, C, H, W) as an npz or a folder of PNG files, whole or not at all."""
+    """Write uint8 images (N, C, H, W) as an npz or a folder of PNG files, or vectors as an npz; whole or not at all."""
     import numpy as np
 
     import pictures
+    import vectors
     from checkpoint import write_atomically
 
+    if images.is_floating_point():
+        write_atomically(path, lambda file: vectors.write(images, labels, file))
+        return
     if path.suffix == ".npz":
         arrays = {"images": images.permute(0, 2, 3, 1).numpy()}
         if labels is not None:
@@ -497,6 +582,7 @@ def write_shard(images: torch.Tensor, labels: torch.Tensor | None, start: int, p
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
+    """What tells the samples in `out` from others. Raises ConfigError."""
     try:
         manifest = json.loads((out / "manifest.json").read_text())
         missing_shards(out, manifest)
@@ -505,7 +591,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
         raise ConfigError(f"{out / 'manifest.json'}: cannot be read; name another folder") from None
 
 
-def read_images(path: Path, cfg: Config, channels: int | None):
+def read_images(path: Path, cfg: Config, channels: int | None) -> Any:
     """Images of a folder that generate.py made, another folder of images or npz files, or one npz; read piece by piece.
 
     channels: to bring them to (grey images are often saved as RGB). Raises ConfigError.

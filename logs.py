@@ -77,6 +77,7 @@ class RunLog:
         self.read_at += time.perf_counter() - started
 
     def close(self) -> None:
+        """End the progress bar and the TensorBoard file."""
         if self.shown:
             self.bar.close()
             self.writer.close()

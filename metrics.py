@@ -353,14 +353,17 @@ class ClassifierFeatures(torch_fidelity.FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
+        """What `forward` can give."""
         return "features", "logits"
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Which of them a metric reads."""
         return "logits" if metric == "isc" else "features"
 
     @staticmethod
     def can_be_compiled() -> bool:
+        """torch-fidelity asks."""
         return False
 
 

@@ -188,27 +188,30 @@ def generate(
     labels: torch.Tensor | None = None,  # int64 (len(indices),), the class of each, for a conditional model
     batch_size: int = 256,
     guidance: float | None = None,  # see guided
+    conditions: torch.Tensor | None = None,  # float32 (len(indices), K), in their own units, for vectors
 ) -> Iterator[torch.Tensor]:
-    """Batches of samples (B, C, H, W), float32 in [-1, 1], in the order of `indices`.
+    """Batches of samples (B, C, H, W), float32 in [-1, 1], or vectors (B, ...) in their own units, by `indices`' order.
 
     Sample i of a seed starts from the same noise, whatever batch, device or process it is drawn in.
     """
     device = next(model.parameters()).device
     denoiser = guided(model, guidance)
-    shape = (model.img_channels, model.img_resolution, model.img_resolution)
+    shape, scaling = model.shape, model.scaling
     for start in range(0, len(indices), batch_size):
         own = indices[start : start + batch_size]
         z = sample_noise(seed, own, shape).to(device)
-        one_hot = None
+        given = {}
         if labels is not None:
             classes = labels[start : start + batch_size]
-            one_hot = torch.nn.functional.one_hot(classes, model.label_dim).to(device, z.dtype)
+            given["class_labels"] = torch.nn.functional.one_hot(classes, model.label_dim).to(device, z.dtype)
+        if conditions is not None:
+            given["condition"] = scaling.condition(conditions[start : start + batch_size].to(device))
         if solver == "heun":
-            x = heun(denoiser, z, sigmas, class_labels=one_hot)
+            x = heun(denoiser, z, sigmas, **given)
         else:
 
             def noise_at(i: int, own: Sequence[int] = own) -> torch.Tensor:
                 return sample_noise(seed, own, shape, f"step {i}").to(device)
 
-            x = multistep(denoiser, z, sigmas, noise_at, model.sigma_min, class_labels=one_hot)
-        yield x.clamp(-1, 1)
+            x = multistep(denoiser, z, sigmas, noise_at, model.sigma_min, **given)
+        yield x.clamp(-1, 1) if scaling is None else scaling.restore(x)

@@ -22,6 +22,7 @@ import networks
 import objectives
 import pictures
 import sampler
+import vectors
 from augment import AUGMENT_DIM, augment
 from config import Config, ConfigError
 from devices import any_rank, pick_device, pick_precision, place, rank_0_first
@@ -88,12 +89,17 @@ class Trainer:
         self.local_batch, self.microbatch = split_batch(cfg.train.batch_size, cfg.train.microbatch, self.world)
         with rank_0_first():
             self.dataset = data.load(cfg.data)
-        self.shape = {
-            "resolution": self.dataset.resolution,
-            "channels": self.dataset.channels,
-            "label_dim": self.dataset.num_classes if cfg.data.conditional else 0,
-            "augment_dim": AUGMENT_DIM if cfg.data.augment else 0,
-        }
+        self.scaling = None  # of vectors; images have none
+        if isinstance(self.dataset, vectors.Vectors):
+            self.shape = {"shape": self.dataset.shape, "condition_dim": self.dataset.condition_dim}
+            self.scaling = vectors.Scaling.fit(self.dataset, cfg.network.sigma_data, cfg.data.bounds).to(self.device)
+        else:
+            self.shape = {
+                "resolution": self.dataset.resolution,
+                "channels": self.dataset.channels,
+                "label_dim": self.dataset.num_classes if cfg.data.conditional else 0,
+                "augment_dim": AUGMENT_DIM if cfg.data.augment else 0,
+            }
         self.model = self._build_model()
         try:
             self.objective = objectives.build(cfg, self.model, self._load_teacher()).to(self.device)
@@ -117,6 +123,7 @@ class Trainer:
             model = networks.build(self.cfg.network, **self.shape)
         except ValueError as error:
             raise ConfigError(f"network: {error}") from None
+        model.scaling = self.scaling
         start = self.cfg.train.init_from or self._teacher_path()
         if start:
             checkpoint.initialise(model, start)
@@ -139,6 +146,8 @@ class Trainer:
             there = getattr(teacher, {"resolution": "img_resolution", "channels": "img_channels"}.get(name, name))
             if there != here and (name != "augment_dim" or here):
                 raise ConfigError(f"objective.teacher: {path}: its {name} is {there}, this run's {here}")
+        if self.scaling is not None and teacher.scaling.values() != self.scaling.values():
+            raise ConfigError(f"objective.teacher: {path}: was trained on vectors of another mean, spread or bounds")
         if self.precision == "fp64":
             teacher.double()
         teacher.autocast = self.model.autocast
@@ -188,11 +197,11 @@ class Trainer:
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         self.log = RunLog(self.folder, self.step, cfg.train.steps, cfg.train.batch_size, shown=self.rank == 0)
         size = sum(p.numel() for p in self.model.parameters()) / 1e6
+        kind = "images" if self.scaling is None else "vectors"
         self.log.say(
-            f"{self.folder}: {cfg.objective.name} on {len(self.dataset):,} images of {cfg.data.name}, "
-            f"{self.shape['channels']}x{self.shape['resolution']}x{self.shape['resolution']}; {cfg.network.name} of "
-            f"{size:.2f}M parameters; {self.world} x {self.device}, {self.precision}; step {self.step:,} of "
-            f"{cfg.train.steps:,}"
+            f"{self.folder}: {cfg.objective.name} on {len(self.dataset):,} {kind} of {cfg.data.name}, "
+            f"{'x'.join(map(str, self.model.shape))}; {cfg.network.name} of {size:.2f}M "
+            f"parameters; {self.world} x {self.device}, {self.precision}; step {self.step:,} of {cfg.train.steps:,}"
         )
 
     def close(self) -> None:
@@ -211,7 +220,11 @@ class Trainer:
         return {
             "step": self.step,
             "config": self.cfg.model_dump(),
-            "data": {"shape": self.shape, "class_counts": self.class_counts()},
+            "data": {
+                "shape": self.shape,
+                "class_counts": self.class_counts(),
+                "scaling": self.scaling and self.scaling.values(),
+            },
             "model": self.model.state_dict(),
             "ema": [ema.module.state_dict() for ema in self.emas],
             "objective": self.objective.state_dict(),
@@ -232,7 +245,7 @@ class Trainer:
 
     def class_counts(self) -> list[int] | None:
         """Training images of each class; None for an unconditional network."""
-        if not self.shape["label_dim"]:
+        if not self.shape.get("label_dim"):
             return None
         return torch.bincount(self.dataset.labels, minlength=self.dataset.num_classes).tolist()
 
@@ -260,6 +273,8 @@ class Trainer:
         for problem in problems:
             print(f"warning: {problem}; going on from {path}", file=sys.stderr)
         self._check_same(checkpoint.config_of(state, path), path)
+        if self.scaling is not None and state["data"]["scaling"] != self.scaling.values():
+            raise ConfigError(f"data.path: {self.cfg.data.path} does not hold the vectors that {path} was trained on")
         self.model.load_state_dict(state["model"])
         for ema, weights in zip(self.emas, state["ema"], strict=True):
             ema.module.load_state_dict(weights)
@@ -309,7 +324,7 @@ class Trainer:
         self.say_next()
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
-        """One optimizer step on this rank's uint8 images (B, C, H, W) and their labels (B,)."""
+        """One optimizer step on this rank's uint8 images (B, C, H, W) and labels (B,), or vectors and conditions."""
         starts = range(0, self.local_batch, self.microbatch)
         self.gradient.zero_()
         for start in starts:
@@ -331,7 +346,7 @@ class Trainer:
     def prepare(
         self, images: torch.Tensor, labels: torch.Tensor | None, start: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Draws]:
-        """Pixels in [-1, 1], conditions and draws for rows `start`... of this rank's batch, on the device."""
+        """What the model sees, conditions and draws for rows `start`... of this rank's batch, on the device."""
         rows = {
             "start": self.rank * self.local_batch + start,
             "total": self.cfg.train.batch_size,
@@ -340,9 +355,13 @@ class Trainer:
         draws = Draws(key(self.cfg.run.seed, "objective", self.step), len(images), **rows)
         looks = Draws(key(self.cfg.run.seed, "augment", self.step), len(images), **rows)
         images = images.to(self.device, non_blocking=True)
+        dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        if self.scaling is not None:
+            given = {} if labels is None else {"condition": self.scaling.condition(labels.to(self.device, dtype))}
+            return self.scaling.normalise(images.to(dtype)), given, draws
         if self.cfg.data.flip:
             images = data.flip(images, looks.integers(2, (len(images),)).bool())
-        x = data.to_float(images, torch.float64 if self.precision == "fp64" else torch.float32)
+        x = data.to_float(images, dtype)
         x = x.contiguous(memory_format=self.layout)
         conditions = {}
         if self.cfg.data.augment:
@@ -391,8 +410,13 @@ class Trainer:
         self.counts.clear()
         self.log.progress(self.step, {**means, "skipped_steps": int(self.skipped)})
 
-    def samples(self, count: int, labels: torch.Tensor | None) -> torch.Tensor:
-        """The first `count` samples of the run's seed from the EMA weights, uint8 (count, C, H, W) on the CPU."""
+    def samples(
+        self, count: int, labels: torch.Tensor | None = None, conditions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The first `count` samples of the run's seed from the EMA weights, on the CPU.
+
+        uint8 images (count, C, H, W), or float32 vectors (count, ...) in their own units.
+        """
         sigmas, solver = sampler.plan(self.cfg)
         batches = sampler.generate(
             self.emas[0].module,
@@ -402,12 +426,19 @@ class Trainer:
             solver,
             labels,
             guidance=self.cfg.sample.guidance,
+            conditions=conditions,
         )
-        return torch.cat([data.to_uint8(x).cpu() for x in batches])
+        return torch.cat([(data.to_uint8(x) if self.scaling is None else x).cpu() for x in batches])
 
     def write_grid(self) -> None:
-        """A grid of samples as a PNG and in TensorBoard; a column for each class of a conditional network."""
+        """A grid of samples as a PNG and in TensorBoard; a column for each class of a conditional network.
+
+        Vectors are written as an npz.
+        """
         if self.rank != 0:
+            return
+        if self.scaling is not None:
+            self.write_vectors()
             return
         count, classes = self.cfg.sample.grid, self.shape["label_dim"]
         columns = classes if 1 < classes <= 20 else None
@@ -417,9 +448,31 @@ class Trainer:
         self.log.picture(self.step, image)
         self.log.say(f"samples: {path}")
 
+    def write_vectors(self) -> None:
+        """Sampled vectors as an npz, each with a condition of the training set."""
+        count, path = self.cfg.sample.grid, self.folder / "samples" / f"step-{self.step:08d}.npz"
+        conditions = self.dataset.draw_conditions(self.cfg.run.seed, range(count))
+        drawn = self.samples(count, conditions=conditions)
+        checkpoint.write_atomically(path, lambda file: vectors.write(drawn, conditions, file))
+        self.log.say(f"samples: {path}")
+        self.log.pause()
+
+    def score_vectors(self) -> None:
+        """Their distance to the training set."""
+        count = min(self.cfg.metrics.num, vectors.SCORED)
+        conditions = self.dataset.draw_conditions(self.cfg.run.seed, range(count))
+        drawn = self.samples(count, conditions=conditions)
+        scores, num = vectors.score(drawn, conditions, self.dataset, self.scaling)
+        self.log.curves(self.step, scores)
+        self.log.say(f"score: {vectors.describe(scores, num)}")
+        self.log.pause()
+
     def score(self) -> None:
         """Score samples from the EMA weights; a score that cannot be had is said, and loses nothing."""
         if self.rank != 0:
+            return
+        if self.scaling is not None:
+            self.score_vectors()
             return
         cfg, counts = self.cfg.metrics, self.class_counts()
         labels = sampler.draw_labels(self.cfg.run.seed, range(cfg.num), counts) if counts else None

@@ -40,6 +40,10 @@ class Preconditioner(nn.Module):
         self.img_channels: int = model.img_channels
         self.label_dim: int = model.label_dim
         self.augment_dim: int = model.augment_dim
+        image = (self.img_channels, self.img_resolution, self.img_resolution)
+        self.shape: tuple[int, ...] = getattr(model, "shape", image)  # of one sample
+        self.condition_dim: int = getattr(model, "condition_dim", 0)
+        self.scaling: nn.Module | None = None  # vectors.Scaling, from what the model gives to data; images need none
 
     def forward(
         self,
@@ -47,14 +51,16 @@ class Preconditioner(nn.Module):
         sigma: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Estimate of the clean data, of x's shape; float32, or float64 if x is float64.
 
         x: (B, ...) noisy data. sigma: (B,) its noise levels. class_labels: (B, label_dim) one-hot or None (the null
-        label). augment_labels: (B, augment_dim) or None (not augmented). ValueError for labels of another shape.
+        label). augment_labels: (B, augment_dim) or None (not augmented). condition: (B, condition_dim), for networks
+        that have one. ValueError for labels or conditions of another shape.
         """
         x, sigma = self._cast(x, sigma)
-        f = self.raw(x, sigma, class_labels, augment_labels).to(x.dtype)
+        f = self.raw(x, sigma, class_labels, augment_labels, condition).to(x.dtype)
         sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
         eps = self.sigma_min if self.precond == "cm" else 0.0
         c_skip = self.sigma_data**2 / ((sigma - eps) ** 2 + self.sigma_data**2)
@@ -67,6 +73,7 @@ class Preconditioner(nn.Module):
         sigma: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """F(c_in x, c_noise(sigma)), the network's own output in its own dtype; arguments as in `forward`."""
         x, sigma = self._cast(x, sigma)
@@ -76,9 +83,10 @@ class Preconditioner(nn.Module):
         dtype = next(self.model.parameters()).dtype
         inputs = (c_in * x, self.noise_label(sigma), class_labels, augment_labels)
         inputs = [None if t is None else t.to(dtype) for t in inputs]
+        more = {} if condition is None else {"condition": condition.to(dtype)}
         cast = torch.autocast(x.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
         with cast:
-            return self.model(*inputs)
+            return self.model(*inputs, **more)
 
     def noise_label(self, sigma: Tensor) -> Tensor:
         """c_noise(sigma), what the network is told of the noise level; (B,) -> (B,)."""

@@ -47,7 +47,15 @@ class ConsistencyDistillation(ConsistencyTraining):
         """mu, the same at every step."""
         return self.mu
 
-    def lower_point(self, x_high, high, low, x, noise, conditions) -> torch.Tensor:
+    def lower_point(
+        self,
+        x_high: torch.Tensor,
+        high: torch.Tensor,
+        low: torch.Tensor,
+        x: torch.Tensor,
+        noise: torch.Tensor,
+        conditions: dict[str, torch.Tensor | None],
+    ) -> torch.Tensor:
         """One Heun or Euler step of dx/dsigma = (x - D_teacher) / sigma from `high` to `low`."""
         teacher, high_, low_ = guided(self.teacher, self.guidance), like(high, x), like(low, x)
         slope = (x_high - teacher(x_high, high, **conditions)) / high_

@@ -6,7 +6,7 @@ import torch
 
 from draws import Draws
 from losses import Distance
-from objectives.common import Output, by_level
+from objectives.common import Model, Output, by_level
 from sampler import dpm_solver_trajectory
 
 
@@ -28,7 +28,15 @@ class MidTraining(torch.nn.Module):
         self.teacher = teacher.requires_grad_(False)
         self.distance, self.steps, self.sigma_min, self.sigma_max = distance, steps, sigma_min, sigma_max
 
-    def forward(self, model, x, step=0, draws=None, noise=None, **conditions) -> Output:
+    def forward(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        step: int = 0,
+        draws: Draws | None = None,
+        noise: torch.Tensor | None = None,
+        **conditions: torch.Tensor | None,
+    ) -> Output:
         """x (B, ...) clean data, B a multiple of `steps`; noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         if noise is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+
+Model = Callable[..., torch.Tensor]  # model(x, sigma, **conditions) -> clean data of x's shape
 
 
 @dataclass

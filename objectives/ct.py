@@ -8,7 +8,7 @@ import torch
 
 from draws import Draws
 from losses import Distance
-from objectives.common import Output, by_level, like, replayed, rng_state
+from objectives.common import Model, Output, by_level, like, replayed, rng_state
 from schedules import ct_levels, ct_target_decay, karras_sigmas
 
 
@@ -54,7 +54,16 @@ class ConsistencyTraining(torch.nn.Module):
         """N(k)."""
         return ct_levels(min(step, self.total_steps), self.total_steps, self.s0, self.s1)
 
-    def forward(self, model, x, step=0, draws=None, index=None, noise=None, **conditions) -> Output:
+    def forward(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        step: int = 0,
+        draws: Draws | None = None,
+        index: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **conditions: torch.Tensor | None,
+    ) -> Output:
         """x (B, ...) clean data; index (B,) int64, n of the pair, 0 at sigma_min, and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         N = self.levels(step)
@@ -75,7 +84,15 @@ class ConsistencyTraining(torch.nn.Module):
         loss = snr_weight(self.weighting, high, self.sigma_data) * self.distance(D, D_target)
         return Output(loss.mean(), {"N": N, "mu": self.target_decay(step), **by_level(loss, high)})
 
-    def lower_point(self, x_high, high, low, x, noise, conditions) -> torch.Tensor:
+    def lower_point(
+        self,
+        x_high: torch.Tensor,
+        high: torch.Tensor,
+        low: torch.Tensor,
+        x: torch.Tensor,
+        noise: torch.Tensor,
+        conditions: dict[str, torch.Tensor | None],
+    ) -> torch.Tensor:
         """x_n, where the target looks: the same noise at the lower level. CD asks its teacher instead."""
         return x + like(low, x) * noise
 

@@ -8,7 +8,7 @@ import torch
 
 from draws import Draws
 from losses import pseudo_huber
-from objectives.common import Output, by_level, like, replayed, rng_state
+from objectives.common import Model, Output, by_level, like, replayed, rng_state
 from schedules import ect_r
 
 
@@ -36,7 +36,16 @@ class EasyConsistencyTuning(torch.nn.Module):
         last = max(int(20 / math.log2(self.q)) - 1, 0)
         return min(int(step // self.steps_per_stage), last)
 
-    def forward(self, model, x, step=0, draws=None, t=None, noise=None, **conditions) -> Output:
+    def forward(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        step: int = 0,
+        draws: Draws | None = None,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **conditions: torch.Tensor | None,
+    ) -> Output:
         """x (B, ...) clean data; noise levels t (B,) and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         if t is None:

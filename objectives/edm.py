@@ -6,7 +6,7 @@ import torch
 
 from draws import Draws
 from losses import l2
-from objectives.common import Output, by_level, like
+from objectives.common import Model, Output, by_level, like
 
 
 class EDM(torch.nn.Module):
@@ -24,7 +24,16 @@ class EDM(torch.nn.Module):
         super().__init__()
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
 
-    def forward(self, model, x, step=0, draws=None, sigma=None, noise=None, **conditions) -> Output:
+    def forward(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        step: int = 0,
+        draws: Draws | None = None,
+        sigma: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **conditions: torch.Tensor | None,
+    ) -> Output:
         """x (B, ...) clean data; noise levels sigma (B,) and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         if sigma is None:

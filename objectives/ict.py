@@ -8,7 +8,7 @@ import torch
 
 from draws import Draws
 from losses import Distance, pseudo_huber
-from objectives.common import Output, by_level, like, replayed, rng_state
+from objectives.common import Model, Output, by_level, like, replayed, rng_state
 from schedules import ict_index_probabilities, ict_levels, karras_sigmas
 
 
@@ -44,7 +44,16 @@ class ImprovedConsistencyTraining(torch.nn.Module):
         sigmas = karras_sigmas(N, self.sigma_min, self.sigma_max, device=device).flip(0)
         return sigmas, ict_index_probabilities(sigmas, self.P_mean, self.P_std).cumsum(0)
 
-    def forward(self, model, x, step=0, draws=None, index=None, noise=None, **conditions) -> Output:
+    def forward(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        step: int = 0,
+        draws: Draws | None = None,
+        index: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **conditions: torch.Tensor | None,
+    ) -> Output:
         """x (B, ...) clean data; index (B,) int64, i of the pair, 0 at sigma_min, and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         N = self.levels(step)

@@ -8,7 +8,7 @@ import torch
 
 from draws import Draws
 from losses import l2
-from objectives.common import Output, by_level, like
+from objectives.common import Model, Output, by_level, like
 from objectives.ct import snr_weight
 
 
@@ -44,7 +44,16 @@ class ProgressiveDistillation(torch.nn.Module):
         """Noise level at `place` in [0, 1] of the Karras grid, 0 at sigma_max (B,)."""
         return (self.high + place * (self.low - self.high)) ** self.rho
 
-    def forward(self, model, x, step=0, draws=None, index=None, noise=None, **conditions) -> Output:
+    def forward(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        step: int = 0,
+        draws: Draws | None = None,
+        index: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **conditions: torch.Tensor | None,
+    ) -> Output:
         """x (B, ...) clean data; index (B,) int64, the interval counted from sigma_max, and noise may be given."""
         draws = draws or Draws.fresh(x)
         N = self.intervals(step)

@@ -9,7 +9,7 @@ import torch
 
 from draws import Draws
 from networks import plain_attention
-from objectives.common import Output, by_level, like, replayed, rng_state
+from objectives.common import Model, Output, by_level, like, replayed, rng_state
 from sampler import guided
 
 # torch scripts its own forward-mode rules when they are first used, and warns of it.
@@ -57,7 +57,16 @@ class ContinuousConsistency(torch.nn.Module):
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
         self.weight = weight or AdaptiveWeight()
 
-    def forward(self, model, x, step=0, draws=None, t=None, noise=None, **conditions) -> Output:
+    def forward(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        step: int = 0,
+        draws: Draws | None = None,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **conditions: torch.Tensor | None,
+    ) -> Output:
         """x (B, ...) clean data; angles t (B,) in (0, pi/2) and noise (B, ...) ~ N(0, 1) may be given."""
         draws, sd = draws or Draws.fresh(x), self.sigma_data
         if t is None:
@@ -89,7 +98,15 @@ class ContinuousConsistency(torch.nn.Module):
             D = guided(self.teacher, self.guidance)(x_t / cos, self.sigma_data * t.tan(), **conditions)
         return (cos * x_t - D) / sin
 
-    def tangent(self, model, x_t, t, dxdt, r: float, conditions: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def tangent(
+        self,
+        model: Model,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        dxdt: torch.Tensor,
+        r: float,
+        conditions: dict[str, torch.Tensor | None],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(F^-, g before normalisation), g = -cos^2(t) (sd F^- - dx/dt) - r cos(t) sin(t) (x_t + sd dF^-/dt).
 
         cos(t) sin(t) goes into the derivative's direction, so that nothing overflows near t = pi/2 (sec. 4.1).
@@ -105,7 +122,7 @@ class ContinuousConsistency(torch.nn.Module):
         return F, -(cos**2) * (sd * F - dxdt) - r * (cos * sin * x_t + sd * cos_sin_dFdt)
 
 
-def network(model, u: torch.Tensor, t: torch.Tensor, sd: float, conditions: dict) -> torch.Tensor:
+def network(model: Model, u: torch.Tensor, t: torch.Tensor, sd: float, conditions: dict) -> torch.Tensor:
     """F(u, t) of TrigFlow, u = x_t / sd (B, ...), t (B,): the model's raw output, or F told from its denoiser D."""
     cos, sin = like(t.cos(), u), like(t.sin(), u)
     x, sigma = u * sd / cos, sd * t.tan()  # the same point in EDM's clock

@@ -6,7 +6,7 @@ import torch
 
 from draws import Draws
 from losses import pseudo_huber
-from objectives.common import Output, by_level, like, replayed, rng_state
+from objectives.common import Model, Output, by_level, like, replayed, rng_state
 from schedules import ect_r, truncated_student_t
 
 
@@ -42,7 +42,16 @@ class TruncatedConsistency(torch.nn.Module):
         at_boundary = draws.uniform((count,)) < self.boundary_share
         return torch.where(at_boundary, self.t_prime, ln_t.exp())
 
-    def forward(self, model, x, step=0, draws=None, t=None, noise=None, **conditions) -> Output:
+    def forward(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        step: int = 0,
+        draws: Draws | None = None,
+        t: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        **conditions: torch.Tensor | None,
+    ) -> Output:
         """x (B, ...) clean data; noise levels t >= t' (B,) and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         if t is None:

@@ -304,7 +304,7 @@ MUTANTS = [
     ),
     Mutant(
         "samples-without-labels", "sampler.py",
-        "noise_at, model.sigma_min, class_labels=one_hot)", "noise_at, model.sigma_min)",
+        "noise_at, model.sigma_min, **given)", "noise_at, model.sigma_min)",
         "the class asked for is not the class drawn", "sampler",
     ),
     # Distillation
@@ -496,6 +496,29 @@ MUTANTS = [
         "resume-without-the-target", "trainer.py",
         '        self.objective.load_state_dict(state["objective"])\n', "",
         "CT's target starts anew", "trainer:resumed_run",
+    ),
+    # Vectors
+    Mutant(
+        "condition-never-reaches-the-network", "networks/preconditioning.py",
+        '{"condition": condition.to(dtype)}', '{"condition": 0 * condition.to(dtype)}',
+        "a policy that does not see the state", "vectors:sees_every",
+    ),
+    Mutant(
+        "condition-not-normalised-in-sampling", "sampler.py",
+        'given["condition"] = scaling.condition(conditions[start : start + batch_size].to(device))',
+        'given["condition"] = conditions[start : start + batch_size].to(device)',
+        "trained on normalised states, asked with raw ones", "vectors:own_units",
+    ),
+    Mutant(
+        "vectors-left-normalised", "sampler.py",
+        "x.clamp(-1, 1) if scaling is None else scaling.restore(x)", "x.clamp(-1, 1) if scaling is None else x",
+        "samples in the model's units, not the data's", "vectors:own_units",
+    ),
+    Mutant(
+        "conditions-of-other-rows", "vectors.py",
+        "return self.values[indices], None if self.conditions is None else self.conditions[indices]",
+        "return self.values[indices], None if self.conditions is None else self.conditions[indices.roll(1)]",
+        "actions paired with other states", "vectors:own_units",
     ),
 ]  # fmt: skip
 

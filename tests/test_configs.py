@@ -16,6 +16,7 @@ from augment import AUGMENT_DIM
 ROOT = Path(__file__).parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yml"))}
 CLASSES = {"cifar10": 10, "mnist": 10, "imagenet9": 9, "folder": 1000}  # the only labelled folder is ImageNet's
+VECTORS = {"policy_pendulum": {"shape": (1,), "condition_dim": 3}}  # a torque, given cos, sin and speed
 NATIVE = {"cifar10": (32, 3), "mnist": (32, 1)}  # pixels and channels
 
 # Millions of parameters, as published: DDPM++ and NCSN++ in 2406.14548 table 1, ADM in 2105.05233 table 9
@@ -53,6 +54,8 @@ def commands(path: Path) -> list[config.Config]:
 
 def build(cfg: config.Config) -> networks.Preconditioner:
     """The config's network, without memory for its weights."""
+    if cfg.network.name == "mlp":
+        return networks.build(cfg.network, **VECTORS[cfg.run.name])
     resolution, channels = NATIVE.get(cfg.data.name, (cfg.data.resolution, cfg.data.channels))
     label_dim = CLASSES[cfg.data.name] if cfg.data.conditional else 0
     with torch.device("meta"):

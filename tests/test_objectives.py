@@ -198,26 +198,6 @@ def test_shared_mask_in_a_real_network():
     assert (model(x, t) - model(x, t)).abs().max() > 1e-3  # dropout is at work
 
 
-@pytest.mark.parametrize("shape", [(6,), (6, 2), (6, 5, 3), (6, 1, 4, 4), (6, 1, 3, 4, 4)])
-@pytest.mark.parametrize("name", ["edm", "ct", "ict", "ect"])
-def test_any_shape_of_data(name, shape):
-    scale = torch.nn.Parameter(torch.tensor(0.5))
-
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = scale
-
-        def forward(self, x, sigma, state=None):
-            return self.scale * x / (1 + like(sigma, x)) + (0 if state is None else state.mean())
-
-    model = Model()
-    out = make(name, model)(model, torch.randn(shape), step=10, state=torch.ones(6, 7))
-    out.loss.backward()
-    assert out.loss.ndim == 0 and torch.isfinite(out.loss) and scale.grad.abs() > 0
-    scale.grad = None
-
-
 def test_weights_by_snr():
     sigma = torch.tensor([0.5, 2.0], dtype=torch.float64)
     assert snr_weight("truncated-snr", sigma, 0.5).tolist() == [4.0, 1.0]

@@ -68,7 +68,7 @@ def test_every_evaluation_of_a_sample_sees_noise_of_its_own():
     seen = []
 
     class Nothing(torch.nn.Module):
-        img_channels, img_resolution, sigma_min = 1, 16, 0.3
+        shape, scaling, sigma_min = (1, 16, 16), None, 0.3
 
         def __init__(self):
             super().__init__()
