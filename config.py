@@ -26,6 +26,10 @@ class ConfigError(ValueError):
     """Bad input from the user: its message is one line, and the commands exit with code 2."""
 
 
+class RunFailed(RuntimeError):
+    """The machine or the numbers failed, not the user: its message is one line, and the commands exit with code 1."""
+
+
 class Arguments(argparse.ArgumentParser):
     """A command line whose errors are one line too, with exit code 2."""
 
@@ -377,6 +381,10 @@ class Train(Section):
     """Steps between checkpoints."""
     keep: Count = 2
     """Newest checkpoints kept, beside last.ckpt."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """What to do when a checkpoint cannot be written. The one before it stays good."""
+    max_bad_steps: int = Field(100, ge=0)
+    """Steps in a row with a non-finite loss or gradient after which the run stops and says where it began. 0: never."""
 
 
 class Sample(Section):

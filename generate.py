@@ -388,10 +388,9 @@ def training_set(args, cfg: Config, need: tuple[int, int] | None = None) -> Data
 def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config):
     """Draw the samples and write them as the command asks; (the images, their folder). Every rank takes its share."""
     import torch
-    import torch.distributed as dist
 
     import pictures
-    from devices import place
+    from devices import place, wait_for_all
     from metrics import fetch
 
     rank, world = place()
@@ -403,8 +402,7 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config):
         write_shard(drawing.draw(start, stop), labels, start, shard_path(out, start, format))
         if rank == 0 and drawing.num > SHARD:
             print(f"samples to {stop:,} of {drawing.num:,}  {drawing.speed()}", flush=True)
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     if rank > 0:
         return None, out
     if format != "grid":
@@ -417,15 +415,9 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config):
 
 def agreed(make: Callable[[], Any]) -> Any:
     """What make() gives on rank 0, on every rank."""
-    import torch.distributed as dist
+    from devices import from_rank_0, place
 
-    from devices import place
-
-    rank, world = place()
-    box = [make() if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+    return from_rank_0(make() if place()[0] == 0 else None)
 
 
 def start_folder(drawing: Drawing, args: argparse.Namespace, cfg: Config, format: str) -> tuple[Path, list[int]]:

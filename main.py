@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except config.RunFailed as error:
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
