@@ -63,11 +63,11 @@ def append(path: Path, content: bytes) -> None:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise ConfigError for a run folder that would lead out of itself: what a run writes and removes is in it alone."""
-    names = ("config.yml", "metrics.jsonl", "sigmas.json", "checkpoints", "samples", "generated", "checkpoints/*.ckpt")
-    for path in (path for name in names for path in folder.glob(name)):
+    """Raise ConfigError for a run folder that leads out of itself: what a run writes and removes lies in it alone."""
+    names = ("config.yml", "metrics.jsonl", "sigmas.json", "checkpoints", "samples", "generated")
+    for path in (*(folder / name for name in names), *(folder / "checkpoints").glob("*.ckpt")):
         kind = "symbolic link" if path.is_symlink() else "pipe or device"
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+        if path.is_symlink() or (path.exists() and not (path.is_dir() or path.is_file())):
             raise ConfigError(f"run.dir: {path} is a {kind}: refused; move what it stands for there, or name another")
 
 

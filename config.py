@@ -19,6 +19,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
+MAX_TEXT = 1_000_000  # characters of a config file
 NEEDS_PATH = ("imagenet9", "folder", "zip", "npz")  # datasets that data.path leads to
 
 
@@ -447,9 +448,18 @@ DEFAULT_NAMES = {"network": "song_unet", "objective": "ect"}
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-4 as a number (YAML 1.1 reads a string) and refuses a key given twice."""
 
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them unfold to more than any memory
+            raise yaml.composer.ComposerError(
+                None, None, "references (*name) are not read here", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key_node.value} is given twice", key_node.start_mark
@@ -493,7 +503,10 @@ def parse(raw: dict[str, Any], place=lambda key: "config") -> Config:
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The file's content, and the line of each section.key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_TEXT + 1)
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"it is longer than {MAX_TEXT:,} characters")
         raw = yaml.load(text, _Loader)
         node = yaml.compose(text, _Loader)
     except (FileNotFoundError, IsADirectoryError):

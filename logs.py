@@ -81,7 +81,7 @@ class RunLog:
             self.draw(Event(step=step, summary=summary.image("samples", image, dataformats="CHW")))
 
     def draw(self, *events: Event) -> None:
-        """Append events to TensorBoard's file, by its own record writer but without its thread, which can fail unseen."""
+        """Append events to TensorBoard's file; without its writer's thread, which can fail unseen."""
         if not self.events.exists():
             events = (Event(file_version="brain.Event:2"), *events)
         records = io.BytesIO()

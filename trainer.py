@@ -77,6 +77,13 @@ def train(cfg: Config, resume: bool = False) -> None:
             f"train.microbatch: {run.device} has no memory for {run.microbatch} images a pass; set "
             f"train.microbatch={max(run.microbatch // 2, 1)}: gradients accumulate, the batch stays"
         ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunFailed(
+            f"{folder}: a process that decodes images was killed, by want of memory?; the newest checkpoint is of step "
+            f"{run.saved:,}; set data.workers lower, and continue with --resume"
+        ) from None
     finally:
         run.close()
 
