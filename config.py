@@ -26,6 +26,9 @@ NEEDS_PATH = ("imagenet9", "folder", "zip", "npz")  # datasets that data.path le
 class ConfigError(ValueError):
     """Bad input from the user: its message is one line, and the commands exit with code 2."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class RunFailed(RuntimeError):
     """The machine or the numbers failed, not the user: its message is one line, and the commands exit with code 1."""
@@ -35,8 +38,13 @@ class Arguments(argparse.ArgumentParser):
     """A command line whose errors are one line too, with exit code 2."""
 
     def error(self, message: str):
-        print(f"{self.prog}: {message}; --help shows what there is", file=sys.stderr)
+        print(f"{self.prog}: {printable(message)}; --help shows what there is", file=sys.stderr)
         sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """Text with what is no visible character written out: a name with a line break or a colour code in it stays tame."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Section(BaseModel):

@@ -443,11 +443,14 @@ def start_folder(drawing: Drawing, args: argparse.Namespace, cfg: Config, format
 
 def new_folder(args: argparse.Namespace, cfg: Config) -> Path:
     """A folder that holds nothing yet: --out, or the next free name in the run folder."""
+    import checkpoint
+
     if args.out:
         out = Path(args.out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"--out: {out} already holds something; name another folder")
     else:
+        checkpoint.refuse_links(cfg.run.folder)
         number = 0
         while (out := cfg.run.folder / "generated" / f"{number:03d}").exists():
             number += 1

@@ -73,9 +73,13 @@ def train(cfg: Config, resume: bool = False) -> None:
     try:
         run.loop()
     except torch.OutOfMemoryError:
+        unit = cfg.objective.steps if cfg.objective.name == "cmt" else 1
+        fewer = [n for n in range(unit, run.microbatch, unit) if run.local_batch % n == 0]
+        advice = (
+            f"train.microbatch={fewer[-1]}: gradients accumulate, the batch stays" if fewer else "a smaller network"
+        )
         raise ConfigError(
-            f"train.microbatch: {run.device} has no memory for {run.microbatch} images a pass; set "
-            f"train.microbatch={max(run.microbatch // 2, 1)}: gradients accumulate, the batch stays"
+            f"train.microbatch: {run.device} has no memory for {run.microbatch} images a pass; set {advice}"
         ) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
