@@ -612,10 +612,14 @@ def mutated_config(draw) -> tuple[dict, list]:
 
     raw = json.loads(json.dumps(TINY))
     raw["train"]["steps"] = 2
-    names = {
-        section: sorted({key for kind in config._kinds(section) for key in kind.model_fields})
-        for section in config.Config.model_fields
-    }
+    raw["objective"] = {"name": draw(st.sampled_from(["ect", "edm", "ct", "ict", "trigflow", "sct"]))}
+    if raw["objective"]["name"] in ("trigflow", "sct"):
+        raw["network"]["precond"] = "trigflow"
+    if draw(st.booleans()):
+        raw["network"]["name"] = "dhariwal_unet"
+    names = {section: sorted(type(value).model_fields) for section, value in config.parse(raw)}
+    if draw(st.integers(0, 9)) == 0:  # settings of other networks and objectives too
+        names = {s: sorted({key for kind in config._kinds(s) for key in kind.model_fields}) for s in names}
     odd = st.one_of(
         st.sampled_from(ODD), st.integers(0, 20), st.floats(-1, 3), st.text(max_size=6), st.lists(st.integers(0, 9))
     )
@@ -627,7 +631,7 @@ def mutated_config(draw) -> tuple[dict, list]:
         if not isinstance(content, dict):
             content = raw[section] = {}
         if how == "set":
-            content[key] = draw(st.one_of(odd, *[st.sampled_from(likely(section, key))] * 3))
+            content[key] = draw(odd if draw(st.integers(0, 4)) == 0 else st.sampled_from(likely(section, key)))
         elif how == "typo":
             content[key[:-1] + draw(st.sampled_from("xyz_ 1"))] = draw(odd)
         elif how == "section":
@@ -732,6 +736,12 @@ def fuzz_commands(times: int, folder: Path) -> str:
            "--samples", "--out", "--help", "--factor", "--sigma", "superres", "denoise", "stroke", "interpolate", "colorize",
            "import", "export", "--arch", "diffusers", "/", "/dev/null", "/proc/self/mem", cfg, ckpt, str(folder), "--num=2",
            "metrics.num=100", "network.sigma_max=1", "sample.sigmas=[80,90]", "sample.sigmas=&a [*a]", "run.name=../x"]  # fmt: skip
+    extra = [["--nearest"], ["--calc_fid"], ["--calc_fid", "train.lr=1"], ["--steps", "3"], ["--sigmas", "80,2,0.5"], ["--num", "99999"],
+             ["--sweep", "1,2"], ["--search-sigmas", "2"], ["--ema", "7"], ["--class", "99"], ["--batch", "99999999999"],
+             ["--sigma", "0.5"], ["--factor", "2"], ["--seed", str(2**63)], ["--out", "/dev/null/x"], ["--out", "\0"],
+             ["sample.solver=heun"], ["sample.sigmas=[2]"], ["network.sigma_data=2"], ["run.dir=a"], ["--num", "1" + "0" * 30],
+             ["--steps", "1" + "0" * 30], ["train.steps=3"], ["objective=3"], ["network={}"], ["a.b.c=1"], ["run.device=cuda"],
+             ["train.keep=1"], ["sample.grid=1000"], ["run.dir=/dev/null/x"], ["run.dir=/proc/x"], ["run.dir=" + "x" * 300]]  # fmt: skip
     counts = dict.fromkeys(("done", "refused"), 0)
     names = sorted(lines)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -743,19 +753,22 @@ def fuzz_commands(times: int, folder: Path) -> str:
         if name == "checkpoint.py":
             argv[2] = str(folder / f"out{i}")
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
-            at = rng.randrange(len(argv))
-            match rng.randrange(5):
-                case 0:
+            options = [at for at, word in enumerate(argv[:-1]) if word.startswith("--") and word != "--resume"]
+            at = rng.choice(options) + 1 if options and rng.randrange(2) else rng.randrange(len(argv))
+            match rng.randrange(8):
+                case 0 | 1:
                     argv[at] = rng.choice(odd)
-                case 1:
+                case 2:
                     argv.insert(at, rng.choice(odd))
-                case 2 if len(argv) > 1:
+                case 3 if len(argv) > 1:
                     del argv[at]
-                case 3:
+                case 4:
                     argv.insert(at, argv[rng.randrange(len(argv))])
-                case 4 if argv[at]:
+                case 5 if argv[at]:
                     place = rng.randrange(len(argv[at]))
                     argv[at] = argv[at][:place] + rng.choice("-=.,0aé \n") + argv[at][place + 1 :]
+                case 6 | 7:
+                    argv += rng.choice(extra)
         try:
             with small_scores(), contextlib.chdir(folder) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
                 code, said = in_process(command, argv)
