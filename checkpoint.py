@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import networks
-from config import Arguments, Config, ConfigError, parse
+from config import Arguments, Config, ConfigError, parse, path_text
 
 FORMAT = 1
 PARTS = {"step": int, "config": dict, "data": dict, "model": dict, "ema": list, "objective": dict, "optimizer": dict}
@@ -234,12 +234,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = Arguments(description="Read and write other people's checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="make a checkpoint of an EDM pickle, an OpenAI .pt or a safetensors file")
-    add.add_argument("source", metavar="SRC", help="the file to read; nothing in it is run")
-    add.add_argument("target", metavar="DST", help="the checkpoint to write; its settings go to DST.yml")
-    add.add_argument("--arch", metavar="FILE.json", help="for OpenAI's files: image_size, num_head_channels, dropout")
+    add.add_argument("source", type=path_text, metavar="SRC", help="the file to read; nothing in it is run")
+    add.add_argument(
+        "target", type=path_text, metavar="DST", help="the checkpoint to write; its settings go to DST.yml"
+    )
+    add.add_argument(
+        "--arch", type=path_text, metavar="FILE.json", help="for OpenAI's files: image_size, num_head_channels, dropout"
+    )
     add = commands.add_parser("export", help="write a checkpoint's EMA weights for other programs")
-    add.add_argument("source", metavar="CKPT", help="a checkpoint of this project")
-    add.add_argument("target", metavar="DIR", help="a new folder")
+    add.add_argument("source", type=path_text, metavar="CKPT", help="a checkpoint of this project")
+    add.add_argument("target", type=path_text, metavar="DIR", help="a new folder")
     add.add_argument("--to", required=True, choices=tuple(formats.EXPORTS), help="what to write")
     args = parser.parse_args(argv)
     try:

@@ -43,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except config.RunFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (OSError, MemoryError) as error:
+        print(config.machine_failure(error), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command with --out FOLDER goes on with samples kept as png or npz", file=sys.stderr)
         return 130
@@ -51,12 +57,17 @@ def main(argv: list[str] | None = None) -> int:
 def arguments() -> config.Arguments:
     parser = config.Arguments(description="Sample from a checkpoint and score.", allow_abbrev=False)
     add = parser.add_argument
-    add("--cfg", required=True, metavar="FILE", help="settings of the run: its own config.yml")
-    add("--ckpt", metavar="FILE", help="checkpoint, as runs/NAME/checkpoints/last.ckpt")
-    add("--samples", metavar="PATH", help="instead of --ckpt: images made elsewhere, a folder or an npz")
+    add("--cfg", type=config.path_text, required=True, metavar="FILE", help="settings of the run: its own config.yml")
+    add("--ckpt", type=config.path_text, metavar="FILE", help="checkpoint, as runs/NAME/checkpoints/last.ckpt")
+    add(
+        "--samples",
+        type=config.path_text,
+        metavar="PATH",
+        help="instead of --ckpt: images made elsewhere, a folder or an npz",
+    )
     add("--num", type=count, metavar="N", help="samples [64; metrics.num with --calc_fid; up to 5,000 to search]")
     levels = parser.add_mutually_exclusive_group()
-    levels.add_argument("--steps", type=count, metavar="S", help="evaluations of the network a sample [1]")
+    levels.add_argument("--steps", type=evaluations, metavar="S", help="evaluations of the network a sample [1]")
     levels.add_argument("--sigmas", type=numbers, metavar="80,0.8", help="the noise levels of the evaluations instead")
     levels.add_argument("--search-sigmas", type=several, metavar="S", help="find the best levels for --steps 2 to S")
     levels.add_argument("--sweep", type=counts, metavar="1,2,4", help="score with each of these --steps, and plot")
@@ -64,7 +75,12 @@ def arguments() -> config.Arguments:
     add("--seed", type=natural, default=0, metavar="K", help="sample i of seed K is always the same [0]")
     add("--class", type=natural, dest="class_index", metavar="C", help="draw this class only")
     add("--ema", type=natural, default=0, metavar="I", help="which of several averages, counted from 0 [0]")
-    add("--out", metavar="DIR", help="folder for the images [a new one in the run folder]; a stopped run's goes on")
+    add(
+        "--out",
+        type=config.path_text,
+        metavar="DIR",
+        help="folder for the images [a new one in the run folder]; a stopped run's goes on",
+    )
     add("--format", choices=("png", "npz", "grid"), help="single images, arrays, one picture [grid; npz over 400]")
     add("--calc_fid", type=yes, nargs="?", const=True, default=False, help="score against the training set")
     add("--nearest", action="store_true", help="draw samples beside their nearest training images, and count copies")
@@ -89,19 +105,25 @@ def check(args: argparse.Namespace) -> None:
 
 
 def count(text: str) -> int:
-    if (value := int(text)) < 1:
+    if not 1 <= (value := int(text)) <= 100_000_000:
+        raise ValueError
+    return value
+
+
+def evaluations(text: str) -> int:
+    if (value := count(text)) > 10_000:
         raise ValueError
     return value
 
 
 def several(text: str) -> int:
-    if (value := int(text)) < 2:
+    if (value := evaluations(text)) < 2:
         raise ValueError
     return value
 
 
 def counts(text: str) -> list[int]:
-    return [count(part) for part in text.split(",")]
+    return [evaluations(part) for part in text.split(",")]
 
 
 def natural(text: str) -> int:
