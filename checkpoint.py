@@ -9,10 +9,12 @@ run code, and only after every member's CRC-32 has been checked, so a damaged fi
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,9 +23,10 @@ import torch
 
 import networks
 import vectors
-from config import Arguments, Config, ConfigError, parse
+from config import Arguments, Config, ConfigError, parse, path_text
 
 FORMAT = 1
+PARTS = {"step": int, "config": dict, "data": dict, "model": dict, "ema": list, "objective": dict, "optimizer": dict}
 OUTPUT_LAYER = re.compile(r"model\.(dec\.\d+x\d+_aux_conv|out_conv)\.(weight|bias)")
 
 
@@ -35,8 +38,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call write(file) on a temporary file beside `path`, flush it to disk, then rename it over `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
     try:
-        with open(part, "wb") as file:
+        with open(part, "xb") as file:  # x: a new file, never what a link of this name points to
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -46,11 +50,43 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         raise
 
 
+def append(path: Path, content: bytes) -> None:
+    """Add to the end of a file, all of `content` or nothing. Raises OSError, also where `path` is a symbolic link."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    with open(path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666)) as file:
+        end = os.fstat(file.fileno()).st_size
+        try:
+            if file.write(content) < len(content):  # the disk was full halfway
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ConfigError for a run folder that leads out of itself: what a run writes and removes lies in it alone."""
+    names = ("config.yml", "metrics.jsonl", "sigmas.json", "checkpoints", "samples", "generated")
+    for path in (*(folder / name for name in names), *(folder / "checkpoints").glob("*.ckpt")):
+        kind = "symbolic link" if path.is_symlink() else "pipe or device"
+        if path.is_symlink() or (path.exists() and not (path.is_dir() or path.is_file())):
+            raise ConfigError(f"run.dir: {path} is a {kind}: refused; move what it stands for there, or name another")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half written."""
+    for part in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
+        if not part.is_dir():
+            part.unlink(missing_ok=True)
+
+
 def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
     """Write `folder`/step-<step>.ckpt, point last.ckpt at it and remove all but the newest `keep`.
 
     At every moment last.ckpt is a whole checkpoint. Raises OSError where the disk refuses; nothing is lost then.
     """
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "is a symbolic link, which leads out of the run folder", str(folder))
     path = folder / f"step-{step:08d}.ckpt"
     write(path, state)
     link = folder / f".last.{os.getpid()}.part"
@@ -79,8 +115,18 @@ def numbered(folder: Path) -> list[Path]:
 def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The state in a checkpoint of ours. Raises CheckpointError; never runs code from the file."""
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe could be read for ever
+        raise CheckpointError(f"{path}: is no file")
     try:
         with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if (
+                any(member.compress_type for member in members)
+                or sum(m.file_size for m in members) > path.stat().st_size
+            ):
+                raise CheckpointError(
+                    f"{path}: refused: it unpacks to more than its size, which no checkpoint of ours does"
+                )
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong; use another checkpoint")
@@ -94,25 +140,34 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
         raise CheckpointError(f"{path}: not a whole checkpoint of this project ({reason})") from None
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of this project (it has no format number)")
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{path}: is of format {state['format']}; this version reads format {FORMAT}")
+    if type(state["format"]) is not int or state["format"] != FORMAT:
+        raise CheckpointError(f"{path}: is of format {state['format']!s:.20}; this version reads format {FORMAT}")
+    for part, kind in PARTS.items():
+        if type(state.get(part)) not in (kind, OrderedDict) or state[part] == []:
+            raise CheckpointError(f"{path}: not a whole checkpoint of this project (its part {part!r} is missing)")
     return state
 
 
 def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
     """The newest checkpoint of a run that is whole, its state, and what was wrong with newer ones."""
     problems: list[str] = []
-    candidates = [folder / "last.ckpt", *reversed(numbered(folder))]
-    for path in candidates:
-        if not path.exists():
+    best: tuple[Path, dict[str, Any]] | None = None
+    for path in saved(folder):
+        # A crash between the two names of a new checkpoint leaves last.ckpt one behind.
+        if best and (path.name == "last.ckpt" or int(path.stem.split("-")[1]) <= best[1]["step"]):
             continue
         try:
-            return path, load(path), problems
+            best = path, load(path)
         except CheckpointError as error:
             problems.append(str(error))
-    raise CheckpointError(
-        problems[0] if problems else f"{folder}: holds no checkpoint to resume from; start without --resume"
-    )
+    if best is None:
+        raise CheckpointError(f"{problems[0]}; no checkpoint in {folder} can be read: start anew in another run.dir")
+    return *best, problems
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints of a run: last.ckpt, then the numbered ones, newest first."""
+    return [path for path in (folder / "last.ckpt", *reversed(numbered(folder))) if path.exists()]
 
 
 def config_of(state: dict[str, Any], path: str | Path) -> Config:
@@ -135,9 +190,12 @@ def model_from(state: dict[str, Any], path: str | Path, average: int = 0) -> tor
     if not 0 <= average < len(state["ema"]):
         raise CheckpointError(f"{path}: has {len(state['ema'])} averages, no number {average}")
     cfg = config_of(state, path)
-    model = networks.build(cfg.network, **state["data"]["shape"])
+    try:
+        model = networks.build(cfg.network, **state["data"]["shape"])
+        model.class_counts = state["data"]["class_counts"]
+    except Exception as error:  # a file made by hand can ask for anything
+        raise CheckpointError(f"{path}: its network cannot be built ({' '.join(str(error).split())[:120]})") from None
     _fill(model, state["ema"][average], path)
-    model.class_counts = state["data"]["class_counts"]
     if scaling := state["data"].get("scaling"):
         model.scaling = vectors.Scaling(**scaling)
     return model.eval().requires_grad_(False)
@@ -166,6 +224,8 @@ def initialise(model: torch.nn.Module, path: str | Path) -> None:
 
 def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
     own = model.state_dict()
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path}: not a whole checkpoint of this project (its weights are no tensors)")
     for name in sorted({**own, **weights}):
         if name not in weights:
             raise CheckpointError(f"{path}: is of another network: it has no {name}")
@@ -184,14 +244,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = Arguments(description="Read and write other people's checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="make a checkpoint of an EDM pickle, an OpenAI .pt or a safetensors file")
-    add.add_argument("source", metavar="SRC", help="the file to read; nothing in it is run")
-    add.add_argument("target", metavar="DST", help="the checkpoint to write; its settings go to DST.yml")
+    add.add_argument("source", type=path_text, metavar="SRC", help="the file to read; nothing in it is run")
     add.add_argument(
-        "--arch", metavar="FILE.json", help="for OpenAI's files: image_size, num_head_channels, dropout, precond"
+        "target", type=path_text, metavar="DST", help="the checkpoint to write; its settings go to DST.yml"
+    )
+    add.add_argument(
+        "--arch",
+        type=path_text,
+        metavar="FILE.json",
+        help="for OpenAI's files: image_size, num_head_channels, dropout, precond",
     )
     add = commands.add_parser("export", help="write a checkpoint's EMA weights for other programs")
-    add.add_argument("source", metavar="CKPT", help="a checkpoint of this project")
-    add.add_argument("target", metavar="DIR", help="a new folder")
+    add.add_argument("source", type=path_text, metavar="CKPT", help="a checkpoint of this project")
+    add.add_argument("target", type=path_text, metavar="DIR", help="a new folder")
     add.add_argument("--to", required=True, choices=tuple(formats.EXPORTS), help="what to write")
     args = parser.parse_args(argv)
     try:

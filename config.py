@@ -6,6 +6,7 @@ import argparse
 import difflib
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,18 +14,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+PathText = Annotated[str, AfterValidator(lambda text: path_text(text))]
 
+MAX_TEXT = 1_000_000  # characters of a config file
 NEEDS_PATH = ("imagenet9", "folder", "zip", "npz")  # datasets that data.path leads to
 
 
 class ConfigError(ValueError):
     """Bad input from the user: its message is one line, and the commands exit with code 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class RunFailed(RuntimeError):
+    """The machine or the numbers failed, not the user: its message is one line, and the commands exit with code 1."""
 
 
 class Arguments(argparse.ArgumentParser):
@@ -32,8 +42,27 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the command line and exit with code 2."""
-        print(f"{self.prog}: {message}; --help shows what there is", file=sys.stderr)
+        print(f"{self.prog}: {printable(message)}; --help shows what there is", file=sys.stderr)
         sys.exit(2)
+
+
+def path_text(text: str) -> str:
+    """A text that a file system takes as a path; ValueError for others."""
+    if "\0" in text or len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 240 for part in text.split("/")):
+        raise ValueError("a path has no NUL character and no name of over 240 bytes")
+    return text
+
+
+def machine_failure(error: OSError | MemoryError) -> str:
+    """One line for what the machine refused."""
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is full"
+    return printable(f"{error.filename or 'a file'}: {error.strerror or error}")
+
+
+def printable(text: str) -> str:
+    """Text with what is no visible character written out: a name with a line break or a colour code in it stays tame."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Section(BaseModel):
@@ -47,9 +76,9 @@ class Section(BaseModel):
 class Run(Section):
     """Where the run is kept, its seed and device."""
 
-    name: str = Field("digits", pattern=r"^[\w.-]+$")
+    name: PathText = Field("digits", pattern=r"^[\w.-]+$")
     """Name of the run; its folder is runs/<name> unless run.dir says otherwise."""
-    dir: str | None = None
+    dir: PathText | None = None
     """Folder of the run: config, checkpoints, samples, curves. null: runs/<name>."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random: initial weights, data order, noise."""
@@ -69,9 +98,9 @@ class Data(Section):
         "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz"
     ] = "digits"  # fmt: skip
     """Dataset. digits come with scikit-learn; the next four are downloaded; those from imagenet9 on read data.path."""
-    dir: str = "data"
+    dir: PathText = "data"
     """Folder for downloads and caches."""
-    path: str | None = None
+    path: PathText | None = None
     """A folder tree (folder), ImageNet's train folder (imagenet9), EDM's dataset (zip), images or vectors (npz)."""
     resolution: int | None = Field(None, ge=4, le=1024)
     """Side of the square images in pixels; others are resized and centre-cropped. null: the dataset's own."""
@@ -197,7 +226,7 @@ class CT(Section):
     name: Literal["ct"]
     metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
     """Distance d of the loss. lpips needs VGG16's weights."""
-    lpips_weights: str | None = None
+    lpips_weights: PathText | None = None
     """Local file with torchvision's VGG16 weights; null: downloaded."""
     huber_c: NonNegative | None = None
     """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
@@ -249,7 +278,7 @@ class CD(Section):
     """Consistency distillation of a teacher (Song et al. 2023, 2303.01469)."""
 
     name: Literal["cd"]
-    teacher: str
+    teacher: PathText
     """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
     guidance: NonNegative | None = None
     """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
@@ -261,7 +290,7 @@ class CD(Section):
     """Solver of the teacher's step to the next level."""
     metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
     """Distance d of the loss. lpips needs VGG16's weights."""
-    lpips_weights: str | None = None
+    lpips_weights: PathText | None = None
     """Local file with torchvision's VGG16 weights; null: downloaded."""
     huber_c: NonNegative | None = None
     """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
@@ -297,7 +326,7 @@ class SCD(SCT):
     """Continuous-time consistency distillation, sCM (Lu & Song 2024, 2410.11081)."""
 
     name: Literal["scd"]
-    teacher: str
+    teacher: PathText
     """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
     guidance: NonNegative | None = None
     """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
@@ -307,7 +336,7 @@ class TCM(Section):
     """Truncated consistency model: the second stage over a finished ECT or iCT model (Lee et al. 2024, 2410.14895)."""
 
     name: Literal["tcm"]
-    teacher: str
+    teacher: PathText
     """Checkpoint of the first stage; the second starts from its weights unless train.init_from is set."""
     t_prime: Positive = 1.0
     """Noise level t' where the second stage begins."""
@@ -329,13 +358,13 @@ class CMT(Section):
     """Mid-training on the teacher's trajectories, before ECT (Hu et al. 2025, 2509.24526)."""
 
     name: Literal["cmt"]
-    teacher: str
+    teacher: PathText
     """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
     steps: int = Field(16, ge=2)
     """Points of a trajectory: steps of DPM-Solver++(2M), even in ln sigma. Divides the images of a pass."""
     metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
     """Distance to the trajectory's end. lpips, the paper's, needs VGG16's weights; images are not resized for it."""
-    lpips_weights: str | None = None
+    lpips_weights: PathText | None = None
     """Local file with torchvision's VGG16 weights; null: downloaded."""
     huber_c: NonNegative | None = None
     """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
@@ -345,7 +374,7 @@ class PD(Section):
     """Progressive distillation, the baseline (Salimans & Ho 2022, 2202.00512)."""
 
     name: Literal["pd"]
-    teacher: str
+    teacher: PathText
     """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
     N: int = Field(512, ge=2)
     """Intervals of the student's first grid, a power of two; halved to 1 in equal parts of the run."""
@@ -389,7 +418,7 @@ class Train(Section):
     """Arithmetic inside the network. auto: bf16 where GPU or CPU has it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the network. auto: on a GPU."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """A checkpoint whose EMA weights the run starts from."""
     log_every: Count = 100
     """Steps between entries in the curves."""
@@ -397,6 +426,10 @@ class Train(Section):
     """Steps between checkpoints."""
     keep: Count = 2
     """Newest checkpoints kept, beside last.ckpt."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """What to do when a checkpoint cannot be written. The one before it stays good."""
+    max_bad_steps: int = Field(100, ge=0)
+    """Steps in a row with a non-finite loss or gradient after which the run stops and says where it began. 0: never."""
 
 
 class Sample(Section):
@@ -421,9 +454,9 @@ class Metrics(Section):
 
     features: Literal["inception", "classifier", "dinov2", "clip"] = "inception"
     """Features to compare: InceptionV3, DINOv2, CLIP, or a small classifier trained on the dataset's own labels."""
-    weights: str | None = None
+    weights: PathText | None = None
     """Local file with torch-fidelity's InceptionV3 or CLIP weights. null: downloaded."""
-    reference: str | None = None
+    reference: PathText | None = None
     """EDM's reference statistics (npz with mu and sigma) instead of the training set; inception only."""
     scores: list[Literal["fid", "kid", "isc", "prc"]] = Field(["fid"], min_length=1)
     """What to compute: Frechet distance, kernel distance, Inception score, precision and recall."""
@@ -459,9 +492,18 @@ DEFAULT_NAMES = {"network": "song_unet", "objective": "ect"}
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 1e-4 as a number (YAML 1.1 reads a string) and refuses a key given twice."""
 
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them unfold to more than any memory
+            raise yaml.composer.ComposerError(
+                None, None, "references (*name) are not read here", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key_node.value} is given twice", key_node.start_mark
@@ -505,7 +547,10 @@ def parse(raw: dict[str, Any], place: Callable[[str], str] = lambda key: "config
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The file's content, and the line of each section.key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_TEXT + 1)
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"it is longer than {MAX_TEXT:,} characters")
         raw = yaml.load(text, _Loader)
         node = yaml.compose(text, _Loader)
     except (FileNotFoundError, IsADirectoryError):

@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import signal
 import time
 import warnings
 import zipfile
@@ -235,6 +236,7 @@ def batches(
         batch_sampler=(rows.tolist() for rows in indices()),
         num_workers=workers,
         collate_fn=_as_they_are,
+        worker_init_fn=_deaf,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         generator=torch.Generator().manual_seed(0),  # else it would draw from, and move, torch's global one
@@ -247,6 +249,12 @@ def batches(
 
 def _as_they_are(read: Any) -> Any:
     return read
+
+
+def _deaf(worker: int) -> None:
+    """Clusters and Ctrl-C signal a whole group of processes: the main one decides, and needs these to end its step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,18 +6,43 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from config import ConfigError
+from config import ConfigError, RunFailed
+
+SILENCE = timedelta(minutes=10)  # within a step: then a rank is taken for dead
+PATIENCE = timedelta(
+    days=7
+)  # while rank 0 works alone: it downloads, decodes, scores; one that dies is noticed at once
+_patient: dist.ProcessGroup | None = None
 
 
 def start_ranks() -> None:
     """Join torchrun's other processes, if it started this one: NCCL on GPUs, gloo on CPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    global _patient
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=SILENCE)
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise RunFailed(f"the ranks did not find each other: {' '.join(str(error).split())[:200]}") from None
+
+
+@contextmanager
+def other_ranks() -> Iterator[None]:
+    """Talk to the other ranks in the body. Raises RunFailed where one of them has ended or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunFailed(
+            f"rank {place()[0]}: another rank has ended or does not answer ({' '.join(str(error).split())[:120]}); "
+            "see its own message, and start again with --resume"
+        ) from None
 
 
 def any_rank(flag: bool) -> bool:
@@ -25,8 +50,35 @@ def any_rank(flag: bool) -> bool:
     if not dist.is_initialized():
         return flag
     votes = torch.tensor(int(flag))
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    with other_ranks():
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes)
+
+
+def of_any_rank(finding: str | None) -> str | None:
+    """What the first rank that found something found; every rank must ask at the same step."""
+    if not dist.is_initialized():
+        return finding
+    findings: list[str | None] = [None] * dist.get_world_size()
+    with other_ranks():
+        dist.all_gather_object(findings, finding, group=_patient)
+    return next((finding for finding in findings if finding), None)
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        with other_ranks():
+            dist.broadcast_object_list(box, group=_patient)
+    return box[0]
+
+
+def wait_for_all() -> None:
+    """Wait until every rank is here, however long one works alone."""
+    if dist.is_initialized():
+        with other_ranks():
+            dist.barrier(group=_patient)
 
 
 @contextmanager
@@ -34,10 +86,10 @@ def rank_0_first() -> Iterator[None]:
     """Rank 0 goes through the body before the others: it downloads, they find the files."""
     rank, world = place()
     if world > 1 and rank > 0:
-        dist.barrier()
+        wait_for_all()
     yield
     if world > 1 and rank == 0:
-        dist.barrier()
+        wait_for_all()
 
 
 def place() -> tuple[int, int]:

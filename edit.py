@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import config
 from config import Config, ConfigError
-from generate import check_network, chosen_labels, chosen_levels, count, natural, new_folder, numbers
+from generate import check_network, chosen_labels, chosen_levels, count, evaluations, natural, new_folder, numbers
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except (OSError, MemoryError) as error:
+        print(config.machine_failure(error), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -61,12 +64,26 @@ def arguments() -> config.Arguments:
     )
     add = parser.add_argument
     add("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    add("--cfg", required=True, metavar="FILE", help="settings of the run: its own config.yml")
-    add("--ckpt", required=True, metavar="FILE", help="checkpoint, as runs/NAME/checkpoints/last.ckpt")
-    add("--input", required=True, nargs="+", metavar="FILE", help="pictures or folders of them; interpolate takes two")
-    add("--out", required=True, metavar="DIR", help="new folder for the results and strips")
+    add("--cfg", type=config.path_text, required=True, metavar="FILE", help="settings of the run: its own config.yml")
+    add(
+        "--ckpt",
+        type=config.path_text,
+        required=True,
+        metavar="FILE",
+        help="checkpoint, as runs/NAME/checkpoints/last.ckpt",
+    )
+    add(
+        "--input",
+        type=config.path_text,
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="pictures or folders of them; interpolate takes two",
+    )
+    add("--out", type=config.path_text, required=True, metavar="DIR", help="new folder for the results and strips")
     add(
         "--mask",
+        type=config.path_text,
         metavar="FILE|x0,y0,x1,y1",
         help="inpaint: what to fill in. A black and white image: the white; a drawing on a transparent or a plain "
         "coloured ground: every stroke; or a box in the input's pixels, right and bottom edge not included",
@@ -81,7 +98,7 @@ def arguments() -> config.Arguments:
     )
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument(
-        "--steps", type=count, metavar="S", help="evaluations a result [40; stroke, interpolate 3, denoise 1]"
+        "--steps", type=evaluations, metavar="S", help="evaluations a result [40; stroke, interpolate 3, denoise 1]"
     )
     levels.add_argument(
         "--sigmas", type=numbers, metavar="80,20,...", help="the noise levels of the evaluations instead"

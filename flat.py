@@ -40,5 +40,7 @@ class FlatParameters:
         """What `split` took apart."""
         vector = torch.zeros_like(self.vector.data)
         for view, tensor in zip(self.views(vector), tensors, strict=True):
+            if view.shape != tensor.shape:  # copy_ would spread a smaller one over the view
+                raise ValueError(f"a moment is {list(tensor.shape)} and its parameter {list(view.shape)}")
             view.copy_(tensor)
         return vector

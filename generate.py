@@ -43,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except config.RunFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (OSError, MemoryError) as error:
+        print(config.machine_failure(error), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command with --out FOLDER goes on with samples kept as png or npz", file=sys.stderr)
         return 130
@@ -52,12 +58,17 @@ def arguments() -> config.Arguments:
     """The command's options."""
     parser = config.Arguments(description="Sample from a checkpoint and score.", allow_abbrev=False)
     add = parser.add_argument
-    add("--cfg", required=True, metavar="FILE", help="settings of the run: its own config.yml")
-    add("--ckpt", metavar="FILE", help="checkpoint, as runs/NAME/checkpoints/last.ckpt")
-    add("--samples", metavar="PATH", help="instead of --ckpt: images made elsewhere, a folder or an npz")
+    add("--cfg", type=config.path_text, required=True, metavar="FILE", help="settings of the run: its own config.yml")
+    add("--ckpt", type=config.path_text, metavar="FILE", help="checkpoint, as runs/NAME/checkpoints/last.ckpt")
+    add(
+        "--samples",
+        type=config.path_text,
+        metavar="PATH",
+        help="instead of --ckpt: images made elsewhere, a folder or an npz",
+    )
     add("--num", type=count, metavar="N", help="samples [64; metrics.num with --calc_fid; up to 5,000 to search]")
     levels = parser.add_mutually_exclusive_group()
-    levels.add_argument("--steps", type=count, metavar="S", help="evaluations of the network a sample [1]")
+    levels.add_argument("--steps", type=evaluations, metavar="S", help="evaluations of the network a sample [1]")
     levels.add_argument("--sigmas", type=numbers, metavar="80,0.8", help="the noise levels of the evaluations instead")
     levels.add_argument("--search-sigmas", type=several, metavar="S", help="find the best levels for --steps 2 to S")
     levels.add_argument("--sweep", type=counts, metavar="1,2,4", help="score with each of these --steps, and plot")
@@ -66,7 +77,12 @@ def arguments() -> config.Arguments:
     add("--class", type=natural, dest="class_index", metavar="C", help="draw this class only")
     add("--conditions", metavar="FILE", help="for vectors: sample i gets row i of this npy or npz [training set's]")
     add("--ema", type=natural, default=0, metavar="I", help="which of several averages, counted from 0 [0]")
-    add("--out", metavar="DIR", help="folder for the images [a new one in the run folder]; a stopped run's goes on")
+    add(
+        "--out",
+        type=config.path_text,
+        metavar="DIR",
+        help="folder for the images [a new one in the run folder]; a stopped run's goes on",
+    )
     add("--format", choices=("png", "npz", "grid"), help="single images, arrays, one picture [grid; npz over 400]")
     add("--calc_fid", type=yes, nargs="?", const=True, default=False, help="score against the training set")
     add("--nearest", action="store_true", help="draw samples beside their nearest training images, and count copies")
@@ -92,21 +108,28 @@ def check(args: argparse.Namespace) -> None:
 
 def count(text: str) -> int:
     """A whole number, 1 or more. Raises ValueError."""
-    if (value := int(text)) < 1:
+    if not 1 <= (value := int(text)) <= 100_000_000:
+        raise ValueError
+    return value
+
+
+def evaluations(text: str) -> int:
+    """A number of evaluations, up to 10,000. Raises ValueError."""
+    if (value := count(text)) > 10_000:
         raise ValueError
     return value
 
 
 def several(text: str) -> int:
     """A whole number, 2 or more. Raises ValueError."""
-    if (value := int(text)) < 2:
+    if (value := evaluations(text)) < 2:
         raise ValueError
     return value
 
 
 def counts(text: str) -> list[int]:
     """Whole numbers between commas. Raises ValueError."""
-    return [count(part) for part in text.split(",")]
+    return [evaluations(part) for part in text.split(",")]
 
 
 def natural(text: str) -> int:
@@ -463,10 +486,9 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config) -> tuple[Any, 
     """Draw the samples and write them as the command asks; (the images or vectors, their folder), by all ranks."""
     import numpy as np
     import torch
-    import torch.distributed as dist
 
     import pictures
-    from devices import place
+    from devices import place, wait_for_all
     from metrics import fetch
 
     rank, world = place()
@@ -479,8 +501,7 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config) -> tuple[Any, 
         write_shard(drawing.draw(start, stop), given, start, shard_path(out, start, format))
         if rank == 0 and drawing.num > SHARD:
             print(f"samples to {stop:,} of {drawing.num:,}  {drawing.speed()}", flush=True)
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     if rank > 0:
         return None, out
     if drawing.model.scaling is not None:
@@ -496,15 +517,9 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config) -> tuple[Any, 
 
 def agreed(make: Callable[[], Any]) -> Any:
     """What make() gives on rank 0, on every rank."""
-    import torch.distributed as dist
+    from devices import from_rank_0, place
 
-    from devices import place
-
-    rank, world = place()
-    box = [make() if rank == 0 else None]
-    if world > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+    return from_rank_0(make() if place()[0] == 0 else None)
 
 
 def start_folder(drawing: Drawing, args: argparse.Namespace, cfg: Config, format: str) -> tuple[Path, list[int]]:
@@ -530,11 +545,14 @@ def start_folder(drawing: Drawing, args: argparse.Namespace, cfg: Config, format
 
 def new_folder(args: argparse.Namespace, cfg: Config) -> Path:
     """A folder that holds nothing yet: --out, or the next free name in the run folder."""
+    import checkpoint
+
     if args.out:
         out = Path(args.out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"--out: {out} already holds something; name another folder")
     else:
+        checkpoint.refuse_links(cfg.run.folder)
         number = 0
         while (out := cfg.run.folder / "generated" / f"{number:03d}").exists():
             number += 1

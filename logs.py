@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -11,46 +15,82 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
-from checkpoint import write_atomically
+from checkpoint import append, write_atomically
 
 
 class RunLog:
-    """The curves and messages of one run; a rank other than 0 gets `shown=False` and writes nothing."""
+    """The curves and messages of one run; a rank other than 0 gets `shown=False` and writes nothing.
+
+    A full disk or a lost folder costs the entries of that time, never the run.
+    """
 
     PLAIN_SECONDS = 10.0  # between progress lines where stderr is no terminal
 
     def __init__(self, folder: Path, step: int, steps: int, batch_size: int, shown: bool = True):
         self.folder, self.steps, self.batch_size, self.shown = folder, steps, batch_size, shown
         self.step, self.read_at, self.told_at = step, time.perf_counter(), -math.inf
+        self.failing: set[str] = set()  # files that could not be written the last time
         if not shown:
             return
-        _drop_later(folder / "metrics.jsonl", step)
-        self.writer = SummaryWriter(folder, purge_step=step or None)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self.events = folder / name  # TensorBoard shows the files of a folder as one run
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        try:
+            _drop_later(folder / "metrics.jsonl", step)
+        except OSError as error:
+            self.warn("metrics.jsonl", error)
+        if step:  # hides what a killed run drew after the checkpoint
+            self.draw(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def say(self, message: str) -> None:
-        """A line for the user, above the bar."""
+        """A line for the user, above the bar; nothing where nobody can be told (a closed pipe, a full disk)."""
         if self.shown:
-            self.bar.write(message)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError, ValueError):
+                self.bar.write(message)
+                sys.stdout.flush()
+
+    def warn(self, name: str, error: OSError) -> None:
+        """Say that a file cannot be written, once until it can again."""
+        if name not in self.failing:
+            self.failing.add(name)
+            reason = error.strerror or error
+            self.say(f"warning: {self.folder / name} cannot be written ({reason}): its entries from here on are lost")
+
+    def add(self, path: Path, content: bytes) -> None:
+        """Append to a file of the run folder; where that fails, say so."""
+        try:
+            append(path, content)
+            self.failing.discard(path.name)
+        except OSError as error:
+            self.warn(path.name, error)
 
     def curves(self, step: int, values: dict[str, float]) -> None:
         """Append {"step": step, name: value, ...} to metrics.jsonl and each value to its TensorBoard curve."""
         if not self.shown:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        self.add(self.folder / "metrics.jsonl", (json.dumps({"step": step, **finite}) + "\n").encode())
+        self.draw(*(Event(step=step, summary=summary.scalar(name, value)) for name, value in values.items()))
 
     def picture(self, step: int, image: torch.Tensor) -> None:
         """A uint8 image (3, H, W) into TensorBoard."""
         if self.shown:
-            self.writer.add_image("samples", image, step)
+            self.draw(Event(step=step, summary=summary.image("samples", image, dataformats="CHW")))
+
+    def draw(self, *events: Event) -> None:
+        """Append events to TensorBoard's file; without its writer's thread, which can fail unseen."""
+        if not self.events.exists():
+            events = (Event(file_version="brain.Event:2"), *events)
+        records = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        self.add(self.events, records.getvalue())
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         """Log the means over the steps since the last call, with images/s; show loss, speed and time left."""
@@ -80,14 +120,13 @@ class RunLog:
         """End the progress bar and the TensorBoard file."""
         if self.shown:
             self.bar.close()
-            self.writer.close()
 
 
 def _drop_later(path: Path, step: int) -> None:
     """Remove the lines that a killed run wrote after the checkpoint at `step`, from which this one goes on."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
+    kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
     text = "".join(line + "\n" for line in kept).encode()
     write_atomically(path, lambda file: file.write(text))
 
@@ -95,5 +134,5 @@ def _drop_later(path: Path, step: int) -> None:
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that a crash cut short
+    except (ValueError, KeyError, TypeError, RecursionError):  # a line that a crash cut short
         return math.inf

@@ -24,8 +24,17 @@ import pictures
 import sampler
 import vectors
 from augment import AUGMENT_DIM, augment
-from config import Config, ConfigError
-from devices import any_rank, pick_device, pick_precision, place, rank_0_first
+from config import Config, ConfigError, RunFailed
+from devices import (
+    any_rank,
+    of_any_rank,
+    other_ranks,
+    pick_device,
+    pick_precision,
+    place,
+    rank_0_first,
+    wait_for_all,
+)
 from draws import Draws, key
 from ema import EMA, decay_from_half_life
 from flat import FlatParameters
@@ -37,6 +46,7 @@ FREE = frozenset(
     [f"run.{k}" for k in ("name", "dir", "device")]
     + [f"data.{k}" for k in ("dir", "path", "workers", "memory_gb")]
     + [f"train.{k}" for k in ("microbatch", "compile", "log_every", "save_every", "keep", "init_from")]
+    + [f"train.{k}" for k in ("on_save_error", "max_bad_steps")]
     + [f"sample.{k}" for k in config.Sample.model_fields]
     + [f"metrics.{k}" for k in config.Metrics.model_fields]
 )
@@ -45,7 +55,7 @@ FREE = frozenset(
 def train(cfg: Config, resume: bool = False) -> None:
     """Train as `cfg` says, in its run folder; `resume` goes on from the newest good checkpoint there.
 
-    Raises ConfigError for what the user must change.
+    Raises ConfigError for what the user must change, RunFailed where the machine or the numbers end it.
     """
     folder = cfg.run.folder
     if not resume and (folder / "config.yml").exists():
@@ -53,16 +63,31 @@ def train(cfg: Config, resume: bool = False) -> None:
             f"run.dir: {folder} already holds a run; add --resume to continue it, or name another folder: "
             f"run.dir={folder}-2"
         )
-    run = Trainer(cfg)
-    if resume:
-        run.resume()
+    checkpoint.refuse_links(folder)
+    try:
+        run = Trainer(cfg)
+        if resume:
+            run.resume()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise ConfigError(f"network: {cfg.run.device} has no memory for this network, its gradient and EMAs") from None
     run.open_folder()
     try:
         run.loop()
     except torch.OutOfMemoryError:
+        unit = cfg.objective.steps if cfg.objective.name == "cmt" else 1
+        fewer = [n for n in range(unit, run.microbatch, unit) if run.local_batch % n == 0]
+        advice = (
+            f"train.microbatch={fewer[-1]}: gradients accumulate, the batch stays" if fewer else "a smaller network"
+        )
         raise ConfigError(
-            f"train.microbatch: {run.device} has no memory for {run.microbatch} images a pass; set "
-            f"train.microbatch={max(run.microbatch // 2, 1)}: gradients accumulate, the batch stays"
+            f"train.microbatch: {run.device} has no memory for {run.microbatch} images a pass; set {advice}"
+        ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunFailed(
+            f"{folder}: a process that decodes images was killed, by want of memory?; the newest checkpoint is of step "
+            f"{run.saved:,}; set data.workers lower, and continue with --resume"
         ) from None
     finally:
         run.close()
@@ -112,8 +137,10 @@ class Trainer:
         self.sums: dict[str, Any] = defaultdict(float)  # since the last log; tensors stay on the device
         self.counts: dict[str, Any] = defaultdict(float)  # of the sums that are not over steps
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)  # steps with a non-finite gradient
+        self.streak = torch.zeros_like(self.skipped)  # of them, those in a row up to now
+        self.saved = 0  # the step of the newest checkpoint
         self.best: dict[str, Any] | None = None  # the scores in best.ckpt, and the metric they are by
-        self.stopping = False
+        self.stopping = self.interruptible = False
 
     # Building ---------------------------------------------------------------------------------------------------------
 
@@ -189,9 +216,8 @@ class Trainer:
         cfg = self.cfg
         if self.rank == 0:
             try:
-                checkpoint.write_atomically(
-                    self.folder / "config.yml", lambda file: file.write(config.dump(cfg).encode())
-                )
+                self.write_config()
+                checkpoint.sweep(self.folder)
             except OSError as error:
                 raise ConfigError(f"run.dir: {self.folder} cannot be written: {error.strerror}") from None
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -204,6 +230,10 @@ class Trainer:
             f"parameters; {self.world} x {self.device}, {self.precision}; step {self.step:,} of {cfg.train.steps:,}"
         )
 
+    def write_config(self) -> None:
+        text = config.dump(self.cfg).encode()
+        checkpoint.write_atomically(self.folder / "config.yml", lambda file: file.write(text))
+
     def close(self) -> None:
         """Close the logs and give the signals back."""
         self.log.close()
@@ -214,6 +244,8 @@ class Trainer:
         if self.stopping and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.stopping = True  # the loop finishes its step and saves
+        if self.interruptible:
+            raise Interrupted("stopped before its end")
 
     def state(self) -> dict[str, Any]:
         """All that a run needs to go on. Draws and data order are functions of (seed, step): no generator is here."""
@@ -230,6 +262,7 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer_state(),
             "scaler": self.scaler.state_dict(),
+            "skipped": int(self.skipped),
         }
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -250,23 +283,40 @@ class Trainer:
         return torch.bincount(self.dataset.labels, minlength=self.dataset.num_classes).tolist()
 
     def save(self) -> None:
-        """Write a checkpoint; where the disk refuses, say so and go on: the previous one stays good."""
-        if self.rank == 0:
-            folder = self.folder / "checkpoints"
-            self.write_checkpoint(lambda: checkpoint.save(self.state(), folder, self.step, self.cfg.train.keep))
+        """Write a checkpoint; while steps are bad no older one is removed."""
+        if self.rank != 0:
+            return
+        keep = sys.maxsize if self.streak else self.cfg.train.keep
+        if self.write_checkpoint(lambda: checkpoint.save(self.state(), self.folder / "checkpoints", self.step, keep)):
+            self.saved = self.step
 
-    def write_checkpoint(self, write: Callable[[], Any]) -> None:
+    def write_checkpoint(self, write: Callable[[], Any]) -> bool:
+        """Whether it could be written; where the disk refuses, say so: the previous one stays good.
+
+        Weights that are not finite are not written.
+        """
         folder = self.folder / "checkpoints"
         try:
+            parts = (self.model, self.objective, *(ema.module for ema in self.emas))
+            if not all(value.isfinite().all() for part in parts for value in part.state_dict().values()):
+                raise RuntimeError("the weights are not finite")
+            if not (self.folder / "config.yml").exists():  # someone removed the folder: --resume will ask for it
+                self.write_config()
             write()
+            return True
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = " ".join(str(error).split())[:200]
-            self.log.say(f"warning: step {self.step:,}: no checkpoint could be written in {folder}: {reason}")
+            before = f"the one of step {self.saved:,} is the newest" if self.saved else "there is none yet"
+            message = f"step {self.step:,}: no checkpoint could be written in {folder} ({reason}); {before}"
+            if self.cfg.train.on_save_error == "stop":
+                raise RunFailed(f"{message}; stopped as train.on_save_error says") from None
+            self.log.say(f"warning: {message}")
+            return False
 
     def resume(self) -> None:
         """Take the state of the newest whole checkpoint of the run folder; stay at step 0 where none was saved yet."""
         folder = self.folder / "checkpoints"
-        if not folder.exists():
+        if not checkpoint.saved(folder):
             print(f"{self.folder}: nothing is saved there yet: starting at step 0", file=sys.stderr)
             return
         path, state, problems = checkpoint.newest_good(folder)
@@ -275,13 +325,19 @@ class Trainer:
         self._check_same(checkpoint.config_of(state, path), path)
         if self.scaling is not None and state["data"]["scaling"] != self.scaling.values():
             raise ConfigError(f"data.path: {self.cfg.data.path} does not hold the vectors that {path} was trained on")
-        self.model.load_state_dict(state["model"])
-        for ema, weights in zip(self.emas, state["ema"], strict=True):
-            ema.module.load_state_dict(weights)
-        self.objective.load_state_dict(state["objective"])
-        self.load_optimizer_state(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        try:
+            self.model.load_state_dict(state["model"])
+            for ema, weights in zip(self.emas, state["ema"], strict=True):
+                ema.module.load_state_dict(weights)
+            self.objective.load_state_dict(state["objective"])
+            self.load_optimizer_state(state["optimizer"])
+            if state["scaler"]:  # none where another device, which needed none, wrote it
+                self.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise checkpoint.CheckpointError(f"{path}: does not fit this run ({reason})") from None
+        self.skipped.fill_(state.get("skipped", 0))
+        self.step = self.saved = state["step"]
         best = folder / "best.ckpt"
         if best.exists():
             try:
@@ -313,18 +369,47 @@ class Trainer:
             last, stop = self.step == total, any_rank(self.stopping)
             if self.step % cfg.train.log_every == 0 or last:
                 self.write_log()
-            if self.step % cfg.train.save_every == 0 or last or stop:
+            saving = self.step % cfg.train.save_every == 0 or last or stop
+            if saving:
                 self.save()
+            showing = [] if stop else [self.write_grid] * (due(self.step, cfg.sample.every) or last)
+            if not stop and (due(self.step, cfg.metrics.every) or (last and cfg.metrics.at_end)):
+                showing.append(self.score)
             with self.log.untimed():
-                if due(self.step, cfg.sample.every) or last:
-                    self.write_grid()
-                if due(self.step, cfg.metrics.every) or (last and cfg.metrics.at_end):
-                    self.score()
+                for work in showing:
+                    self.aside(work)
+            if saving or showing:
+                wait_for_all()  # while rank 0 works alone; within a step ten minutes are all
         self.log.close()
         self.say_next()
 
+    def aside(self, work: Callable[[], None]) -> None:
+        """Do what only shows how the run does: a signal cuts it short, and where it fails that is said, and no more."""
+        try:
+            self.interruptible = not self.stopping
+            if self.interruptible:
+                work()
+        except (Interrupted, OSError, RuntimeError, MemoryError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self.log.say(f"warning: step {self.step:,}: {work.__name__} failed ({reason})")
+        finally:
+            self.interruptible = False
+
     def train_step(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """One optimizer step on this rank's uint8 images (B, C, H, W) and labels (B,), or vectors and conditions."""
+        self.backward(images, labels)
+        if self.world > 1:
+            with other_ranks():
+                dist.all_reduce(self.gradient)
+            self.gradient /= self.world
+        self.update(learning_rate(self.step, self.cfg.train))
+        if hasattr(self.objective, "after_step"):
+            self.objective.after_step(self.model, step=self.step)
+        for ema in self.emas:
+            ema.update(self.model, self.step + 1)
+
+    def backward(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """The gradient of this rank's batch, in microbatches."""
         starts = range(0, self.local_batch, self.microbatch)
         self.gradient.zero_()
         for start in starts:
@@ -333,15 +418,8 @@ class Trainer:
             torch.manual_seed(key(self.cfg.run.seed, "dropout", self.step, self.rank, start))
             out = self.objective(self.model, x, step=self.step, draws=draws, **conditions)
             self.scaler.scale(out.loss / len(starts)).backward()
+            self.gradient[0] += 0 * out.loss.detach()  # a bad loss makes a bad step, whatever its gradient
             self.add_to_log({"loss": out.loss, **out.log}, 1 / len(starts))
-        if self.world > 1:
-            dist.all_reduce(self.gradient)
-            self.gradient /= self.world
-        self.update(learning_rate(self.step, self.cfg.train))
-        if hasattr(self.objective, "after_step"):
-            self.objective.after_step(self.model, step=self.step)
-        for ema in self.emas:
-            ema.update(self.model, self.step + 1)
 
     def prepare(
         self, images: torch.Tensor, labels: torch.Tensor | None, start: int
@@ -378,6 +456,8 @@ class Trainer:
         norm = torch.linalg.vector_norm(self.gradient)
         finite = norm.isfinite()
         self.skipped += ~finite
+        self.streak += 1
+        self.streak *= ~finite
         self.add_to_log({"grad_norm": norm, "lr": lr})
         if self.cfg.train.grad_clip:
             self.gradient *= (self.cfg.train.grad_clip / norm).clamp(max=1)
@@ -409,6 +489,60 @@ class Trainer:
         self.sums.clear()
         self.counts.clear()
         self.log.progress(self.step, {**means, "skipped_steps": int(self.skipped)})
+        if 0 < self.cfg.train.max_bad_steps <= int(self.streak):
+            self.stop_at_bad_steps(int(self.streak))
+
+    def stop_at_bad_steps(self, streak: int) -> None:
+        """Save the weights, which no bad step has moved, and raise RunFailed with what went bad first, and where."""
+        first = self.step - streak
+        found = of_any_rank(self.what_went_bad(first)) or "the step is finite when it is repeated: suspect the machine"
+        self.save()
+        wait_for_all()
+        raise RunFailed(
+            f"{self.folder}: stopped: loss or gradient not finite in {streak:,} steps in a row (train.max_bad_steps), "
+            f"from step {first + 1:,} on. Objective {self.cfg.objective.name}; {found}. The newest checkpoint is of "
+            f"step {self.saved:,}, with the weights of step {min(first, self.saved):,}; try a lower train.lr, "
+            "train.grad_clip or train.precision=fp32 in a new run with train.init_from"
+        )
+
+    def what_went_bad(self, step: int) -> str | None:
+        """Repeat step k, counted from 0, of a bad streak with this rank's batch: the weights are still those it had.
+
+        Where its loss is bad (noise levels) and the first layer whose output, or else gradient, is not finite.
+        """
+        seen: list[str] = []
+
+        def look(name: str) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
+                if not seen and torch.is_tensor(output) and not output.isfinite().all():
+                    seen.append(name)
+
+            return hook
+
+        modules = {**dict(self.objective.named_modules(prefix="objective")), **dict(self.model.named_modules())}
+        hooks = [module.register_forward_hook(look(name)) for name, module in modules.items()]
+        rows = (self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
+        now, self.step = self.step, step
+        self.sums.clear()
+        try:
+            with torch.compiler.set_stance("force_eager"):  # no hook runs inside a compiled network
+                self.backward(
+                    *next(data.batches(self.dataset, self.cfg.run.seed, self.cfg.train.batch_size, step, rows))
+                )
+        finally:
+            self.step = now
+            for hook in hooks:
+                hook.remove()
+        bad = [name for name, total in self.sums.items() if not math.isfinite(total)]
+        self.sums.clear()
+        self.counts.clear()
+        levels = [name.split("/")[1] for name in bad if name.startswith("loss_by_sigma/")]
+        at = f"the loss is not finite at sigma {', '.join(levels)}" if levels else "the loss is finite"
+        if seen:
+            return f"{at}; the output of layer {seen[0]} is the first that is not"
+        names = {id(p): n for m in (self.objective, self.model) for n, p in m.named_parameters()}
+        lost = [names[id(p)] for p in self.flat.parameters if not p.grad.isfinite().all()]
+        return f"{at}; the gradient of layer {lost[-1].rpartition('.')[0]} is not" if lost else None
 
     def samples(
         self, count: int, labels: torch.Tensor | None = None, conditions: torch.Tensor | None = None
@@ -455,7 +589,6 @@ class Trainer:
         drawn = self.samples(count, conditions=conditions)
         checkpoint.write_atomically(path, lambda file: vectors.write(drawn, conditions, file))
         self.log.say(f"samples: {path}")
-        self.log.pause()
 
     def score_vectors(self) -> None:
         """Their distance to the training set."""
@@ -465,7 +598,6 @@ class Trainer:
         scores, num = vectors.score(drawn, conditions, self.dataset, self.scaling)
         self.log.curves(self.step, scores)
         self.log.say(f"score: {vectors.describe(scores, num)}")
-        self.log.pause()
 
     def score(self) -> None:
         """Score samples from the EMA weights; a score that cannot be had is said, and loses nothing."""
@@ -498,10 +630,19 @@ class Trainer:
     def say_next(self) -> None:
         """The command that comes next."""
         name, last = self.folder / "config.yml", self.folder / "checkpoints" / "last.ckpt"
+        if self.rank == 0 and self.saved < self.step:
+            raise RunFailed(
+                f"{last.parent}: step {self.step:,} could not be saved; the newest checkpoint is of step "
+                f"{self.saved:,}; make room, and continue with\n  python main.py --cfg {name} --resume"
+            )
         if self.step < self.cfg.train.steps:
             self.log.say(f"stopped at step {self.step:,}; continue with\n  python main.py --cfg {name} --resume")
         else:
             self.log.say(f"done; sample and score with\n  python generate.py --cfg {name} --ckpt {last} --calc_fid")
+
+
+class Interrupted(Exception):
+    """A signal came while rank 0 was drawing samples or scoring."""
 
 
 def due(step: int, every: int) -> bool:

@@ -34,7 +34,7 @@ def by_level(loss: torch.Tensor, sigma: torch.Tensor) -> dict[str, tuple[torch.T
     bins = {}
     for low, high in itertools.pairwise(LEVELS):
         inside = (sigma >= low) & (sigma < high)
-        bins[f"loss_by_sigma/{low:g}-{high:g}"] = (loss.detach() * inside).sum(), inside.sum()
+        bins[f"loss_by_sigma/{low:g}-{high:g}"] = loss.detach().where(inside, 0).sum(), inside.sum()
     return bins
 
 
