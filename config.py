@@ -61,7 +61,7 @@ def machine_failure(error: OSError | MemoryError) -> str:
 
 
 def printable(text: str) -> str:
-    """Text with what is no visible character written out: a name with a line break or a colour code in it stays tame."""
+    """Text with what is no visible character written out: a line break or a colour code in a name stays tame."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -400,8 +400,10 @@ class Train(Section):
     """Optimizer steps."""
     batch_size: Count = 128
     """Images per step over all devices."""
-    microbatch: Count | None = None
-    """Images per pass on one device; gradients accumulate to batch_size. null: all at once."""
+    microbatch: Count | Literal["auto"] | None = None
+    """Images per pass on one device; gradients accumulate to batch_size. auto: what a GPU holds. null: all at once."""
+    checkpointing: bool = False
+    """Compute each residual block again in the backward pass instead of keeping it: less memory, a third more time."""
     optimizer: Literal["radam", "adam", "adamw"] = "radam"
     """RAdam in the papers on consistency models, Adam for EDM."""
     lr: Positive = 1e-4
@@ -416,8 +418,8 @@ class Train(Section):
     """Largest norm of the gradient. null: not clipped."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     """Arithmetic inside the network. auto: bf16 where GPU or CPU has it, else fp16 on a GPU and fp32 on a CPU."""
-    compile: bool | Literal["auto"] = "auto"
-    """torch.compile the network. auto: on a GPU."""
+    compile: bool | Literal["auto", "reduce-overhead"] = "auto"
+    """torch.compile the network. auto: on a GPU. reduce-overhead: with CUDA graphs, for networks of small kernels."""
     init_from: PathText | None = None
     """A checkpoint whose EMA weights the run starts from."""
     log_every: Count = 100
@@ -685,6 +687,7 @@ def _one_line(error: object) -> str:
 def _check_together(cfg: Config, place) -> None:
     """Settings that are right alone and wrong together."""
     d, n, o, t = cfg.data, cfg.network, cfg.objective, cfg.train
+    images = t.microbatch if isinstance(t.microbatch, int) else t.batch_size  # of a pass
     rules = [
         (n.name == "mlp" and d.name != "npz", "network.name", "mlp makes vectors; set data.name: npz and data.path"),
         (
@@ -719,7 +722,7 @@ def _check_together(cfg: Config, place) -> None:
             "there are no labels to drop; set data.conditional: true",
         ),
         (
-            t.microbatch is not None and t.batch_size % t.microbatch != 0,
+            t.batch_size % images != 0,
             "train.microbatch",
             f"must divide train.batch_size ({t.batch_size})",
         ),
@@ -756,9 +759,9 @@ def _check_together(cfg: Config, place) -> None:
             f"must lie between network.sigma_min ({n.sigma_min}) and sigma_max ({n.sigma_max})",
         ),
         (
-            o.name == "cmt" and (t.microbatch or t.batch_size) % o.steps != 0,
+            o.name == "cmt" and images % o.steps != 0,
             "objective.steps",
-            f"must divide the images of a pass ({t.microbatch or t.batch_size})",
+            f"must divide the images of a pass ({images})",
         ),
         (o.name in ("ct", "ict") and o.s1 < o.s0, "objective.s1", f"must be at least objective.s0 ({o.name})"),
         (

@@ -23,7 +23,7 @@ _patient: dist.ProcessGroup | None = None
 def start_ranks() -> None:
     """Join torchrun's other processes, if it started this one: NCCL on GPUs, gloo on CPUs."""
     global _patient
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:

@@ -6,6 +6,7 @@ numbers that one unbroken run on one device sees.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 
@@ -43,23 +44,30 @@ class Draws:
         """Draws for a batch x (B, ...) seeded from torch's global generator: for scripts that seed by hand."""
         return cls(int(torch.randint(2**62, ())), count=len(x), device=x.device)
 
-    def _own(self, rows: torch.Tensor) -> torch.Tensor:
+    def whole(self) -> Draws:
+        """The same stream for every row of the global batch."""
+        every = copy.copy(self)
+        every.start, every.count = 0, self.total
+        return every
+
+    def own(self, rows: torch.Tensor) -> torch.Tensor:
+        """This process's rows of a tensor (total, ...)."""
         return rows[self.start : self.start + self.count]
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """N(0, 1) of `shape`, whose first entry is `count`."""
         size = (self.total, *shape[1:])
-        return self._own(torch.randn(size, generator=self.generator, device=self.device, dtype=dtype))
+        return self.own(torch.randn(size, generator=self.generator, device=self.device, dtype=dtype))
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """U[0, 1) of `shape`, whose first entry is `count`."""
         size = (self.total, *shape[1:])
-        return self._own(torch.rand(size, generator=self.generator, device=self.device, dtype=dtype))
+        return self.own(torch.rand(size, generator=self.generator, device=self.device, dtype=dtype))
 
     def integers(self, high: int, shape: Sequence[int]) -> torch.Tensor:
         """int64 in [0, high) of `shape`, whose first entry is `count`."""
         size = (self.total, *shape[1:])
-        return self._own(torch.randint(high, size, generator=self.generator, device=self.device))
+        return self.own(torch.randint(high, size, generator=self.generator, device=self.device))
 
 
 def sample_noise(seed: int, indices: Sequence[int], shape: Sequence[int], stream: str = "start") -> torch.Tensor:

@@ -45,7 +45,7 @@ from losses import WeightsMissing
 FREE = frozenset(
     [f"run.{k}" for k in ("name", "dir", "device")]
     + [f"data.{k}" for k in ("dir", "path", "workers", "memory_gb")]
-    + [f"train.{k}" for k in ("microbatch", "compile", "log_every", "save_every", "keep", "init_from")]
+    + [f"train.{k}" for k in ("microbatch", "checkpointing", "compile", "log_every", "save_every", "keep", "init_from")]
     + [f"train.{k}" for k in ("on_save_error", "max_bad_steps")]
     + [f"sample.{k}" for k in config.Sample.model_fields]
     + [f"metrics.{k}" for k in config.Metrics.model_fields]
@@ -111,7 +111,8 @@ class Trainer:
         self.precision = pick_precision(cfg.train.precision, self.device)
         # Tensor cores read channels_last; a CPU's group norm is slower in it.
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
-        self.local_batch, self.microbatch = split_batch(cfg.train.batch_size, cfg.train.microbatch, self.world)
+        asked = None if cfg.train.microbatch == "auto" else cfg.train.microbatch  # `loop` finds out
+        self.local_batch, self.microbatch = split_batch(cfg.train.batch_size, asked, self.world)
         with rank_0_first():
             self.dataset = data.load(cfg.data)
         self.scaling = None  # of vectors; images have none
@@ -155,6 +156,9 @@ class Trainer:
         if start:
             checkpoint.initialise(model, start)
         model = model.to(self.device, memory_format=self.layout).train()
+        for block in model.modules():
+            if hasattr(block, "checkpointing"):
+                block.checkpointing = self.cfg.train.checkpointing
         if self.precision == "fp64":
             model.double()
         elif self.precision != "fp32":
@@ -200,14 +204,25 @@ class Trainer:
         return adam(parameters, **options, fused=True)
 
     def _compile(self) -> None:
-        if self.cfg.train.compile is False or (self.cfg.train.compile == "auto" and self.device.type != "cuda"):
+        how = self.cfg.train.compile
+        if how is False or (how == "auto" and self.device.type != "cuda"):
             return
         import torch._inductor.config as inductor
 
         inductor.fallback_random = True  # dropout then draws as in eager mode, so that two passes can share a mask
+        try:
+            torch.compile(torch.nn.SiLU())(torch.ones(8, device=self.device))
+        except Exception as error:  # no C++ compiler, no Triton, no support: each raises its own
+            if self.rank == 0:
+                reason = " ".join(str(error).split())[:150]
+                print(
+                    f"warning: train.compile: nothing compiles here, training goes on without: {reason}",
+                    file=sys.stderr,
+                )
+            return
         for module in [self.model, *self.objective.modules()]:
             if isinstance(module, networks.Preconditioner):
-                module.model.compile()
+                module.model.compile(dynamic=False, mode=how if how == "reduce-overhead" else None)
 
     # The run folder and its checkpoints -------------------------------------------------------------------------------
 
@@ -251,6 +266,7 @@ class Trainer:
         """All that a run needs to go on. Draws and data order are functions of (seed, step): no generator is here."""
         return {
             "step": self.step,
+            "microbatch": self.microbatch,
             "config": self.cfg.model_dump(),
             "data": {
                 "shape": self.shape,
@@ -338,6 +354,8 @@ class Trainer:
             raise checkpoint.CheckpointError(f"{path}: does not fit this run ({reason})") from None
         self.skipped.fill_(state.get("skipped", 0))
         self.step = self.saved = state["step"]
+        if self.cfg.train.microbatch == "auto":  # what was found holds: the sums' order is part of a run's numbers
+            self.microbatch = math.gcd(self.local_batch, state.get("microbatch", self.local_batch))
         best = folder / "best.ckpt"
         if best.exists():
             try:
@@ -361,6 +379,8 @@ class Trainer:
         cfg, total = self.cfg, self.cfg.train.steps
         rows = (self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
         resident = self.dataset.to(self.device)
+        if cfg.train.microbatch == "auto" and self.device.type == "cuda" and self.step == 0:
+            self.find_microbatch()
         batches = data.batches(resident, cfg.run.seed, cfg.train.batch_size, self.step, rows, cfg.data.workers)
         stop = False
         while self.step < total and not stop:
@@ -395,6 +415,36 @@ class Trainer:
         finally:
             self.interruptible = False
 
+    def find_microbatch(self) -> None:
+        """Halve the images of a pass until one fits on every rank's GPU."""
+        later = [torch.empty_like(self.gradient) for _ in range(3)]  # the optimizer's moments, and room to work
+        unit = getattr(self.cfg.objective, "steps", 1)  # CMT's passes hold whole trajectories
+        while not self.fits(self.microbatch):
+            halves = range(self.microbatch // 2, 0, -1)
+            smaller = next((n for n in halves if self.local_batch % n == 0 and n % unit == 0), None)
+            if smaller is None:
+                raise ConfigError(
+                    f"train.microbatch: {self.device} has no memory for {self.microbatch} images a pass; set "
+                    "train.checkpointing=true, or take a smaller network"
+                )
+            self.microbatch = smaller
+        del later
+        self.log.say(f"train.microbatch: {self.microbatch} of {self.local_batch} images a pass")
+
+    def fits(self, count: int) -> bool:
+        """Whether a pass over so many images fits on every rank; nothing moves but the gradient."""
+        images, labels = self.dataset.read(torch.arange(count) % len(self.dataset))
+        full = False
+        try:
+            with torch.compiler.set_stance("force_eager"):  # compiling each try would take minutes
+                x, conditions, draws = self.prepare(images, labels, 0)
+                self.objective(self.model, x, step=self.step, draws=draws, **conditions).loss.backward()
+        except torch.OutOfMemoryError:
+            full = True
+        self.gradient.zero_()
+        torch.cuda.empty_cache()
+        return not any_rank(full)
+
     def train_step(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
         """One optimizer step on this rank's uint8 images (B, C, H, W) and labels (B,), or vectors and conditions."""
         self.backward(images, labels)
@@ -416,6 +466,8 @@ class Trainer:
             part = slice(start, start + self.microbatch)
             x, conditions, draws = self.prepare(images[part], labels if labels is None else labels[part], start)
             torch.manual_seed(key(self.cfg.run.seed, "dropout", self.step, self.rank, start))
+            if self.cfg.train.compile == "reduce-overhead":
+                torch.compiler.cudagraph_mark_step_begin()  # no output of the pass before is needed any more
             out = self.objective(self.model, x, step=self.step, draws=draws, **conditions)
             self.scaler.scale(out.loss / len(starts)).backward()
             self.gradient[0] += 0 * out.loss.detach()  # a bad loss makes a bad step, whatever its gradient

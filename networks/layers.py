@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Init = Callable[..., None]  # init(layer, scale=1.0) fills layer.weight and layer.bias in place
 
@@ -179,6 +180,8 @@ class UNetBlock(nn.Module):
     pixel_norm: scale and shift are normalised over channels (sCM, 2410.11081 sec. 4.1).
     """
 
+    checkpointing = False  # True: the backward pass computes the block again, masks and all, instead of keeping it
+
     def __init__(
         self,
         in_channels: int,
@@ -233,6 +236,11 @@ class UNetBlock(nn.Module):
             self.proj = conv(out_channels, out_channels, 1, zero_scale)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():  # forward mode has no backward pass, and is under no_grad
+            return checkpoint(self.compute, x, emb, use_reentrant=False)
+        return self.compute(x, emb)
+
+    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv0(F.silu(self.norm0(x)))
         params = self.affine(emb)[:, :, None, None].to(h.dtype)
         if self.scale_shift_norm:

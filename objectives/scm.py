@@ -30,7 +30,7 @@ class AdaptiveWeight(torch.nn.Module):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """t (B,) in radians -> (B,)."""
         features = (t[:, None].to(self.phases.dtype) * self.frequencies + self.phases).cos() * math.sqrt(2)
-        return self.linear(features / math.sqrt(len(self.phases))).squeeze(1)
+        return self.linear((features / math.sqrt(len(self.phases))).to(self.linear.weight.dtype)).squeeze(1)
 
 
 class ContinuousConsistency(torch.nn.Module):

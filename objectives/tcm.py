@@ -54,8 +54,10 @@ class TruncatedConsistency(torch.nn.Module):
     ) -> Output:
         """x (B, ...) clean data; noise levels t >= t' (B,) and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
+        every_t = t
         if t is None:
-            t = self.draw_t(draws, len(x))
+            every_t = self.draw_t(draws.whole(), draws.total)  # of the global batch, for what is counted there
+            t = draws.own(every_t)
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
         r = ect_r(t, 0, self.q)
@@ -69,12 +71,15 @@ class TruncatedConsistency(torch.nn.Module):
             below = like(r, x) < self.t_prime
             target = torch.where(below, self.stage1(x_r, r, **conditions), D_r)
         loss = pseudo_huber(D_t, target, self.huber_c) / (t - r)
-        boundary = t <= self.t_prime
-        main, edge = mean_where(loss, ~boundary), mean_where(loss, boundary)
+        boundary, every_boundary = t <= self.t_prime, every_t <= self.t_prime
+        main, edge = mean_where(loss, ~boundary, ~every_boundary), mean_where(loss, boundary, every_boundary)
         log = {"main": main, "boundary": edge, "gap": ((t - r) / t).mean(), **by_level(loss, t)}
         return Output(main + self.boundary_weight * edge, log)
 
 
-def mean_where(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Mean of the chosen values (B,); 0 where none is."""
-    return (values * chosen).sum() / chosen.sum().clamp(min=1)
+def mean_where(values: torch.Tensor, chosen: torch.Tensor, every_chosen: torch.Tensor) -> torch.Tensor:
+    """Of the chosen values (B,) of a part of the batch: what averages over equal parts to the mean over every chosen.
+
+    0 where none is chosen in the global batch.
+    """
+    return (values * chosen).mean() / every_chosen.to(values.dtype).mean().clamp(min=1 / len(every_chosen))
