@@ -201,6 +201,8 @@ def write_curves(results: list[dict], out: Path) -> None:
     if panels[0].lines:
         panels[0].set(xlabel="thousands of images seen", ylabel="Fréchet distance, one step", yscale="log")
         panels[1].set(xlabel="minutes of training")
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_formatter("{x:g}")
         panels[0].legend(frameon=False)
         figure.savefig(out / "curves.png", dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -220,19 +222,20 @@ def curve(folder: Path) -> list[tuple[int, float, float | None]]:
 def write_samples(results: list[dict], out: Path) -> None:
     """The last grid of samples of each row, side by side."""
     plt = pyplot()
-    rows = [r for r in results if r["seed"] == results[0]["seed"]]
-    columns = min(len(rows), 4)
-    height = -(-len(rows) // columns)
-    figure, panels = plt.subplots(height, columns, figsize=(2.6 * columns, 2.8 * height), squeeze=False)
+    grids = {}
+    for r in results:
+        drawn = sorted((out / f"{r['name']}-seed{r['seed']}" / "samples").glob("*.png"))
+        if drawn and r["seed"] == results[0]["seed"]:
+            kind, scores = next(iter(r["scores"].items()))
+            grids[f"{r['name']} ({kind}): {scores['fid']:.3g}"] = plt.imread(drawn[-1])
+    height = -(-len(grids) // 3)
+    figure, panels = plt.subplots(height, 3, figsize=(12, 2.9 * height), squeeze=False, layout="constrained")
     for panel in panels.flat:
         panel.axis("off")
-    for panel, r in zip(panels.flat, rows, strict=False):
-        grids = sorted((out / f"{r['name']}-seed{r['seed']}" / "samples").glob("*.png"))
-        if grids:
-            panel.imshow(plt.imread(grids[-1]), cmap="gray", interpolation="nearest")
-            kind, scores = next(iter(r["scores"].items()))
-            panel.set_title(f"{r['name']} ({kind}): {scores['fid']:.3g}", fontsize=9)
-    figure.savefig(out / "samples.png", dpi=110, bbox_inches="tight")
+    for panel, (title, grid) in zip(panels.flat, grids.items(), strict=False):
+        panel.imshow(grid, cmap="gray", interpolation="nearest")
+        panel.set_title(title, fontsize=10)
+    figure.savefig(out / "samples.png", dpi=90)
     plt.close(figure)
 
 
