@@ -1,4 +1,4 @@
-"""A policy that draws its actions: python examples/policy.py [--bounds tanh] [--quick]
+"""A policy that draws its actions: python examples/policy.py [--bounds clamp] [--quick]
 
 Two tasks of Gymnasium: Pendulum-v1, and a walk past a disc where the expert goes now left, now right. An expert's
 actions are recorded, `main.py` learns them from the states, and the table compares the expert, a policy trained by mean
@@ -39,8 +39,8 @@ def pendulum_expert(obs: np.ndarray) -> np.ndarray:
     """Pumps energy until the pendulum can be caught upright, then holds it: torques (B, 1) for (B, 3)."""
     cos, sin, speed = obs.T
     angle = np.arctan2(sin, cos)
-    missing = 15 - (speed**2 / 2 + 15 * cos)  # energy at rest upright less energy now, in units of m l^2 / 3
-    pump = np.where(np.abs(speed) < 1e-3, 2.0, missing * np.sign(speed))
+    missing = 16 - (speed**2 / 2 + 15 * cos)  # energy at rest upright and a little more, less energy now, by m l^2 / 3
+    pump = np.where(np.abs(speed) < 1e-3, 2.0, 0.4 * missing * speed)
     near = (np.abs(angle + 0.15 * speed) < 0.6) & (np.abs(angle) < 1.2)
     return np.where(near, -12 * angle - 3.5 * speed, pump).clip(-2, 2)[:, None]
 
@@ -91,14 +91,16 @@ TASKS: dict[str, tuple[str, Act]] = {
 # Episodes -------------------------------------------------------------------------------------------------------------
 
 
-def episodes(env_id: str, act: Act, seeds: range, shaken: float = 0.0) -> dict[str, np.ndarray]:
+def episodes(
+    env_id: str, act: Act, seeds: range, shaken: float = 0.0, steps: int | None = None
+) -> dict[str, np.ndarray]:
     """One episode for each start seed, side by side.
 
     shaken: standard deviation, in half action ranges, of noise on the actions taken but not on those recorded, so that
-    the data say how to come back to the way. Returns returns (E,), whether each went above y = 0 at x = 0 (E,), and all
-    observations (N, K) and actions (N, D).
+    the data say how to come back to the way. steps: longest episode; None: the task's own. Gives returns (E,), whether
+    each went above y = 0 at x = 0 (E,), and all observations (N, K) and actions (N, D).
     """
-    envs = [gymnasium.make(env_id, disable_env_checker=True) for _ in seeds]
+    envs = [gymnasium.make(env_id, max_episode_steps=steps, disable_env_checker=True) for _ in seeds]
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     low, high = envs[0].action_space.low, envs[0].action_space.high
     rng, returns, above = np.random.default_rng(seeds[0]), np.zeros(len(envs)), np.zeros(len(envs), bool)
@@ -123,7 +125,7 @@ def episodes(env_id: str, act: Act, seeds: range, shaken: float = 0.0) -> dict[s
 def record(task: str, path: Path, count: int) -> None:
     """Write the expert's actions in `count` episodes, their states and the action range, as data.name: npz reads it."""
     env_id, expert = TASKS[task]
-    data = episodes(env_id, expert, range(count), shaken=0.1)
+    data = episodes(env_id, expert, range(count), shaken=0.1, steps=100)  # Pendulum's second half is all rest
     space = gymnasium.make(env_id).action_space
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"vectors": data["actions"], "conditions": data["obs"], "low": space.low, "high": space.high}
@@ -193,7 +195,7 @@ def compare(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     (env_id, expert), folder = TASKS[task], Path(args.out)
     data, run = folder / f"{task}.npz", folder / task
     if not data.exists():
-        record(task, data, 20 if args.quick else 500 if task == "pendulum" else 2000)
+        record(task, data, 20 if args.quick else 1000 if task == "pendulum" else 2000)
     settings = [f"run.name={task}", f"run.dir={run}", f"data.path={data}", f"data.bounds={args.bounds}"]
     if args.quick:
         settings += ["train.steps=40", "train.lr_warmup=4", "train.log_every=20", "metrics.num=100"]
@@ -237,7 +239,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bounds", choices=("clamp", "tanh"), default="clamp", help="how actions stay in range")
+    parser.add_argument("--bounds", choices=("clamp", "tanh"), default="tanh", help="how actions stay in range")
     parser.add_argument("--second", type=float, default=0.8, help="noise level of the second of two steps")
     parser.add_argument("--out", default="runs/policy", help="folder for data and runs; what is there is used")
     parser.add_argument("--quick", action="store_true", help="a trial in seconds, whose figures mean nothing")
