@@ -26,6 +26,7 @@ from augment import AUGMENT_DIM, augment
 from config import Config, ConfigError, RunFailed
 from devices import (
     any_rank,
+    from_rank_0,
     of_any_rank,
     other_ranks,
     pick_device,
@@ -67,6 +68,11 @@ def train(cfg: Config, resume: bool = False) -> None:
         run = Trainer(cfg)
         if resume:
             run.resume()
+        mine = (config.dump(cfg), run.step)
+        if from_rank_0(mine) != mine:
+            raise ConfigError(
+                f"rank {run.rank}: its config or checkpoint is not rank 0's; give all ranks the same files"
+            )
     except (torch.OutOfMemoryError, MemoryError):
         raise ConfigError(f"network: {cfg.run.device} has no memory for this network, its gradient and EMAs") from None
     run.open_folder()

@@ -73,7 +73,8 @@ class Run:
         folder = cfg.run.folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         given = folder.with_name(f"{folder.name}.yml")
-        given.write_text(config.dump(cfg))
+        text = config.dump(cfg).encode()
+        checkpoint.write_atomically(given, lambda file: file.write(text))  # another rank may be reading it
         self.log = folder.with_name(f"{folder.name}.log")
         self.mark = mmap.mmap(-1, 2)  # shared: 1 while a checkpoint is written; 1 once the loop has begun
         sys.stdout.flush()
