@@ -1,7 +1,8 @@
 """State to disk and back, whole or not at all.
 
 A checkpoint is torch.save's zip of tensors and plain containers. It is read with weights_only=True, so a file can never
-run code, and only after every member's CRC-32 has been checked, so a damaged file is never half loaded.
+run code, and only after the SHA-256 in the zip's comment has been checked, so a damaged file is never half loaded. (The
+members' CRC-32 leave out their names and places: a turned bit there can give one weight another's values.)
 
     python checkpoint.py import SRC DST [--arch FILE.json]
     python checkpoint.py export CKPT DIR --to diffusers|safetensors|onnx
@@ -10,6 +11,7 @@ run code, and only after every member's CRC-32 has been checked, so a damaged fi
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import sys
@@ -40,7 +42,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     try:
-        with open(part, "xb") as file:  # x: a new file, never what a link of this name points to
+        with open(part, "x+b") as file:  # x: a new file, never what a link of this name points to
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -48,6 +50,39 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all, with the SHA-256 of its content at its end."""
+
+    def write(file) -> None:
+        torch.save({"format": FORMAT, "sealed": True, **state}, file)
+        file.seek(-2, os.SEEK_END)  # a zip ends with the length of its comment
+        size = file.tell()
+        file.seek(0)
+        seal = _seal(file, size)
+        file.seek(size)
+        file.write(seal)
+
+    write_atomically(path, write)
+
+
+def _seal(file, size: int) -> bytes:
+    """The SHA-256 of a file's first `size` bytes as the end of a zip: the comment's length, and the comment."""
+    digest = hashlib.sha256()
+    while size > 0 and (piece := file.read(min(size, 2**20))):
+        digest.update(piece)
+        size -= len(piece)
+    comment = b"sha256:" + digest.hexdigest().encode()
+    return len(comment).to_bytes(2, "little") + comment
+
+
+def _sealed(path: Path) -> bool:
+    """Whether the checksum at the end of a file is right."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END) - len(_seal(file, 0))
+        file.seek(0)
+        return _seal(file, size) == file.read()
 
 
 def append(path: Path, content: bytes) -> None:
@@ -88,7 +123,7 @@ def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
     if folder.is_symlink():
         raise OSError(errno.ELOOP, "is a symbolic link, which leads out of the run folder", str(folder))
     path = folder / f"step-{step:08d}.ckpt"
-    write(path, state)
+    write_state(path, state)
     link = folder / f".last.{os.getpid()}.part"
     link.unlink(missing_ok=True)
     try:
@@ -100,11 +135,6 @@ def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
     for old in numbered(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
-
-
-def write(path: Path, state: dict[str, Any]) -> None:
-    """One checkpoint, whole or not at all."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -145,6 +175,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     for part, kind in PARTS.items():
         if type(state.get(part)) not in (kind, OrderedDict) or state[part] == []:
             raise CheckpointError(f"{path}: not a whole checkpoint of this project (its part {part!r} is missing)")
+    if state.pop("sealed", False) and not _sealed(path):
+        raise CheckpointError(f"{path}: damaged: its checksum is wrong; use another checkpoint")
     return state
 
 

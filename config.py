@@ -48,7 +48,7 @@ class Arguments(argparse.ArgumentParser):
 
 def path_text(text: str) -> str:
     """A text that a file system takes as a path; ValueError for others."""
-    if "\0" in text or len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 240 for part in text.split("/")):
+    if "\0" in text or len(text) > 4000 or any(len(os.fsencode(part)) > 240 for part in text.split("/")):
         raise ValueError("a path has no NUL character and no name of over 240 bytes")
     return text
 
@@ -61,7 +61,7 @@ def machine_failure(error: OSError | MemoryError) -> str:
 
 
 def printable(text: str) -> str:
-    """Text with what is no visible character written out: a line break or a colour code in a name stays tame."""
+    """Text with every invisible character written out, so that a name with a line break or colour code stays tame."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

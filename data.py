@@ -241,7 +241,9 @@ def batches(
         prefetch_factor=4 if workers else None,
         generator=torch.Generator().manual_seed(0),  # else it would draw from, and move, torch's global one
     )
-    for read in loader:
+    with _deferred_signals():  # until the new processes are deaf
+        reads = iter(loader)
+    for read in reads:
         if isinstance(read, ConfigError):
             raise read
         yield dataset.unpack(read)
@@ -249,6 +251,18 @@ def batches(
 
 def _as_they_are(read: Any) -> Any:
     return read
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _deaf(worker: int) -> None:

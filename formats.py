@@ -54,7 +54,7 @@ def import_checkpoint(source: str | Path, target: str | Path, arch: str | Path |
     state, notes = read(source, arch)
     state = _checked(state, source)
     cfg = checkpoint.config_of(state, source)
-    checkpoint.write_atomically(target, lambda file: torch.save({"format": checkpoint.FORMAT, **state}, file))
+    checkpoint.write_state(target, state)
     checkpoint.write_atomically(settings, lambda file: file.write(config.dump(cfg).encode()))
     return [*notes, f"written: {target}", f"written: {settings} (its settings, for generate.py --cfg)"]
 

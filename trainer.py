@@ -27,6 +27,7 @@ from augment import AUGMENT_DIM, augment
 from config import Config, ConfigError, RunFailed
 from devices import (
     any_rank,
+    from_rank_0,
     of_any_rank,
     other_ranks,
     pick_device,
@@ -68,6 +69,11 @@ def train(cfg: Config, resume: bool = False) -> None:
         run = Trainer(cfg)
         if resume:
             run.resume()
+        mine = (config.dump(cfg), run.step)
+        if from_rank_0(mine) != mine:
+            raise ConfigError(
+                f"rank {run.rank}: its config or checkpoint is not rank 0's; give all ranks the same files"
+            )
     except (torch.OutOfMemoryError, MemoryError):
         raise ConfigError(f"network: {cfg.run.device} has no memory for this network, its gradient and EMAs") from None
     run.open_folder()
@@ -677,7 +683,7 @@ class Trainer:
         if self.best is None or self.best["metric"] != metric or metrics.better(scores, self.best["scores"]):
             self.best = {"metric": metric, "scores": scores}
             path = self.folder / "checkpoints" / "best.ckpt"
-            self.write_checkpoint(lambda: checkpoint.write(path, {**self.state(), "best": self.best}))
+            self.write_checkpoint(lambda: checkpoint.write_state(path, {**self.state(), "best": self.best}))
 
     def say_next(self) -> None:
         """The command that comes next."""
