@@ -100,7 +100,8 @@ def scaling(r: dict[str, Any]) -> str:
 def loading(r: dict[str, Any]) -> str:
     where = f"{r['machine']['hardware']}, {r['machine']['date']}"
     return (
-        f"An image costs {r['cost'] * 1e6:.0f} us of one core's time. {r['workers']} workers decode {r['images_per_second']:,.0f} images/s; a loop that takes {r['speed']:,.0f} "
+        f"An image costs {r['cost'] * 1e6:.0f} us of one core's time. {r['workers']} workers decode "
+        f"{r['images_per_second']:,.0f} images/s; a loop that takes {r['speed']:,.0f} "
         f"images/s in batches of {r['batch']} waits {r['waited']:.1%} of its time ({where}; "
         "`python benchmarks/loading.py`)."
     )
