@@ -4,9 +4,9 @@
 
 A consistency step is ECT's: student forward and backward, target forward without gradients. Rows "network" are that
 alone, by the same code for every network; rows "whole step" add data, optimizer and EMA. Against ours stand diffusers'
-UNet2DModel of the same widths, blocks, dropout and attention resolutions, else in its default settings, and, with --original, the
-SongUNet in a checkout of NVlabs/edm (its licence: non-commercial; nothing of it is here), which takes our weights first
-and must give our output. Each in float32, and under autocast to the precision that the config resolves to.
+UNet2DModel of the same widths, blocks, dropout and attention resolutions, else in its default settings, and, with
+--original, the SongUNet in a checkout of NVlabs/edm (its licence: non-commercial; nothing of it is here), which takes
+our weights first and must give our output. Each in float32, and under autocast to the config's precision.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ def original_unet(run: trainer.Trainer, path: Path, ours: networks.Preconditione
         net.load_state_dict(ours.model.state_dict())
         x = torch.randn(2, run.shape["channels"], *[run.shape["resolution"]] * 2, device=run.device)
         c_noise = torch.tensor([-0.3, 0.4], device=run.device)
-        expected = ours.model(x, c_noise)
+        expected = ours.model.eval()(x, c_noise)
+        ours.train()
         error = float((net.eval()(x, c_noise, None) - expected).norm() / expected.norm())
     print(f"the original with our weights differs by {error:.1e}")
     if error > (1e-2 if run.device.type == "cuda" else 1e-4):  # a GPU's convolutions may round to TF32
