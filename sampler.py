@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -67,12 +68,12 @@ def dpm_solver_trajectory(
     """
     sigmas = torch.exp(torch.linspace(math.log(sigma_max), math.log(sigma_min), steps + 1, dtype=torch.float64))
     points, D_before = [], None
-    for i in range(steps):
+    for sigma, lower in itertools.pairwise(sigmas.tolist()):
         points.append(x)
-        D = model(x, _level(sigmas[i], x), **conditions)
+        D = model(x, _level(sigma, x), **conditions)
         # Even steps in ln sigma: the slope of D over the last step carries into the next one.
         ahead = D if D_before is None else D + (D - D_before) / 2
-        x = torch.lerp(ahead, x, float(sigmas[i + 1] / sigmas[i]))
+        x = torch.lerp(ahead, x, lower / sigma)
         D_before = D
     return torch.stack(points), sigmas[:-1], x
 

@@ -4,9 +4,9 @@
 
 A consistency step is ECT's: student forward and backward, target forward without gradients. Rows "network" are that
 alone, by the same code for every network; rows "whole step" add data, optimizer and EMA. Against ours stand diffusers'
-UNet2DModel of the same widths, blocks and attention resolutions, in its default settings, and, with --original, the
-SongUNet in a checkout of NVlabs/edm (its licence: non-commercial; nothing of it is here), which takes our weights first
-and must give our output. Each in float32, and under autocast to the precision that the config resolves to.
+UNet2DModel of the same widths, blocks, dropout and attention resolutions, else in its default settings, and, with
+--original, the SongUNet in a checkout of NVlabs/edm (its licence: non-commercial; nothing of it is here), which takes
+our weights first and must give our output. Each in float32, and under autocast to the config's precision.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            quiet = [f"run.dir={folder}/run", "train.init_from=null", "network.dropout=0"]
+            quiet = [f"run.dir={folder}/run", "train.init_from=null"]
             cfg = config.load(args.cfg, [*args.overrides, *quiet])
             trainer.data.load = lambda _: random_images(args.random)
             run = trainer.Trainer(cfg)
@@ -146,6 +146,7 @@ def diffusers_unet(run: trainer.Trainer) -> networks.Preconditioner:
         out_channels=channels,
         block_out_channels=tuple(n.model_channels * mult for mult in n.channel_mult),
         layers_per_block=n.num_blocks,
+        dropout=n.dropout,
         down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attention),
         up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)),
     )
@@ -170,7 +171,8 @@ def original_unet(run: trainer.Trainer, path: Path, ours: networks.Preconditione
         net.load_state_dict(ours.model.state_dict())
         x = torch.randn(2, run.shape["channels"], *[run.shape["resolution"]] * 2, device=run.device)
         c_noise = torch.tensor([-0.3, 0.4], device=run.device)
-        expected = ours.model(x, c_noise)
+        expected = ours.model.eval()(x, c_noise)
+        ours.train()
         error = float((net.eval()(x, c_noise, None) - expected).norm() / expected.norm())
     print(f"the original with our weights differs by {error:.1e}")
     if error > (1e-2 if run.device.type == "cuda" else 1e-4):  # a GPU's convolutions may round to TF32

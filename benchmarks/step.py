@@ -34,13 +34,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="steps timed")
     parser.add_argument("--warmup", type=int, default=3, help="steps before")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--brief", action="store_true", help="neither the matmul peak nor samples")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        result = measure(args.cfg, args.overrides, args.random, args.steps, args.warmup)
+        result = measure(args.cfg, args.overrides, args.random, args.steps, args.warmup, args.brief)
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -50,7 +51,9 @@ def main() -> int:
     return 0
 
 
-def measure(path: str, overrides: list[str], random: str | None, steps: int, warmup: int) -> dict[str, Any]:
+def measure(
+    path: str, overrides: list[str], random: str | None, steps: int, warmup: int, brief: bool = False
+) -> dict[str, Any]:
     """The figures of one config."""
     with tempfile.TemporaryDirectory() as folder:
         total = steps + warmup
@@ -65,9 +68,8 @@ def measure(path: str, overrides: list[str], random: str | None, steps: int, war
         sections, operations = timed_loop(run, steps, warmup)
         run.close()
     step = sum(sections.values())
-    peak = matmul_peak(run.device, run.precision)
     batch = run.local_batch
-    return {
+    result = {
         "what": f"{cfg.objective.name}, {cfg.network.name}, {run.shape['channels']}x{run.shape['resolution']}"
         f"x{run.shape['resolution']}, batch {batch}",
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -84,11 +86,13 @@ def measure(path: str, overrides: list[str], random: str | None, steps: int, war
         "not_the_model": sum(sections[name] for name in NOT_THE_MODEL) / step,
         "peak_memory": peak_memory(run.device),
         "flops_per_image": operations / batch,
-        "matmul_peak": peak,
-        "share_of_peak": operations / step / peak,
-        "samples": [sample(run, autocast, peak) for autocast in dict.fromkeys([None, run.model.autocast])],
         "machine": machine(run.device),
     }
+    if not brief:
+        peak = matmul_peak(run.device, run.precision)
+        result |= {"matmul_peak": peak, "share_of_peak": operations / step / peak}
+        result["samples"] = [sample(run, autocast, peak) for autocast in dict.fromkeys([None, run.model.autocast])]
+    return result
 
 
 def timed_loop(run: trainer.Trainer, steps: int, warmup: int) -> tuple[dict[str, float], int]:
@@ -174,11 +178,13 @@ def table(r: dict[str, Any]) -> str:
         f"not the model    {r['not_the_model']:10.1%}      data, optimizer, EMA, logging",
         f"peak memory      {r['peak_memory'] / 2**30:10.2f} GiB",
         f"operations       {r['flops_per_image'] / 1e9:10.2f} GFLOP an image and step",
-        f"matmul peak      {r['matmul_peak'] / 1e12:10.3f} TFLOP/s in {r['precision']}; the step runs at "
-        f"{r['share_of_peak']:.1%} of it",
     ]
-    for s in r["samples"]:
-        lines.append(f"one-step samples {s['images_per_second']:10.1f} images/s in {s['precision']}")
+    if "matmul_peak" in r:
+        peak = f"{r['matmul_peak'] / 1e12:10.3f} TFLOP/s in {r['precision']}"
+        lines.append(f"matmul peak      {peak}; the step runs at {r['share_of_peak']:.1%} of it")
+    for s in r.get("samples", []):
+        share = f"{s['share_of_peak']:.1%} of the same peak"
+        lines.append(f"one-step samples {s['images_per_second']:10.1f} images/s in {s['precision']}, {share}")
     return "\n".join(lines)
 
 

@@ -236,7 +236,7 @@ class UNetBlock(nn.Module):
             self.proj = conv(out_channels, out_channels, 1, zero_scale)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():  # forward mode has no backward pass, and is under no_grad
+        if self.checkpointing and torch.is_grad_enabled():  # else nothing is kept anyway, as in JVPs
             return checkpoint(self.compute, x, emb, use_reentrant=False)
         return self.compute(x, emb)
 

@@ -49,7 +49,7 @@ class MidTraining(torch.nn.Module):
                 self.teacher, start, self.steps, self.sigma_min, self.sigma_max, **own
             )
         many = {name: v.repeat(self.steps, *[1] * (v.ndim - 1)) if v is not None else None for name, v in own.items()}
-        sigma = sigmas.to(x).repeat_interleave(len(start))
+        sigma = sigmas.to(x.device, x.dtype, non_blocking=True).repeat_interleave(len(start))
         D = model(points.flatten(0, 1), sigma, **many)
         target = end.repeat(self.steps, *[1] * (x.ndim - 1))
         loss = self.distance(D, target)

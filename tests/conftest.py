@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import config
+import trainer
 from networks import Preconditioner
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,3 +65,34 @@ def tiny(folder: Path, **changes: dict) -> config.Config:
 def one_thread():
     """Threads gain nothing on tests this small, and fewer of them make a crowded machine's tests steady."""
     torch.set_num_threads(1)
+
+
+EVERY = {  # objective -> settings small enough to train in a second; those in TAUGHT take a teacher
+    "edm": {},
+    "ct": {"s1": 8},
+    "ict": {"s1": 40},
+    "ect": {"double_kimg": 0.05},
+    "cd": {"N": 6, "mu": 0.5},
+    "trigflow": {},
+    "sct": {"warmup": 4},
+    "scd": {"warmup": 4},
+    "tcm": {"df": 2.0},
+    "cmt": {"steps": 4},
+    "pd": {"N": 4},
+}
+TAUGHT = ("cd", "scd", "tcm", "cmt", "pd")
+
+
+def every_objective(folder: Path, name: str, teacher: str, **changes: dict) -> config.Config:
+    """`tiny` with the objective `name`."""
+    objective = {"name": name, **EVERY[name], **({"teacher": teacher} if name in TAUGHT else {})}
+    clock = {"precond": "trigflow"} if name in ("trigflow", "sct", "scd") else {}
+    return tiny(folder, **{**changes, "objective": objective, "network": {**clock, **changes.get("network", {})}})
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> str:
+    """The checkpoint of an EDM model that has seen six steps, with augmentation labels."""
+    folder = tmp_path_factory.mktemp("teacher")
+    trainer.train(tiny(folder, objective={"name": "edm"}, data={"augment": 0.5}))
+    return str(folder / "checkpoints" / "last.ckpt")

@@ -339,6 +339,21 @@ MUTANTS = [
         "r = 1 from the first step", "distillation",
     ),
     Mutant(
+        "tcm-means-of-its-own-part", "objectives/tcm.py",
+        "/ every_chosen.to(values.dtype).mean()", "/ chosen.to(values.dtype).mean()",
+        "the loss depends on how the batch is split", "ranks:four_passes",
+    ),
+    Mutant(
+        "checkpointing-with-another-mask", "networks/layers.py",
+        "use_reentrant=False)", "use_reentrant=False, preserve_rng_state=False)",
+        "the backward pass drops other units than the forward pass did", "speed:checkpointing",
+    ),
+    Mutant(
+        "resume-forgets-the-microbatch", "trainer.py",
+        'math.gcd(self.local_batch, state.get("microbatch", self.local_batch))', "self.local_batch",
+        "a resumed run sums in another order, or runs out of memory", "speed:microbatch_auto",
+    ),
+    Mutant(
         "tcm-targets-from-the-student", "objectives/tcm.py",
         "target = torch.where(below, self.stage1(x_r, r, **conditions), D_r)", "target = D_r",
         "targets below t' are not the frozen stage's", "distillation",

@@ -1,0 +1,232 @@
+"""The fast path computes what the plain one does: precision, compiler, checkpointing, microbatches, no waiting."""
+
+import contextlib
+import time
+
+import pytest
+import torch
+from conftest import EVERY, every_objective, tiny
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import networks
+import trainer
+from networks.layers import UNetBlock
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def one_step(cfg):
+    """(loss, gradient) of a training step that moves nothing."""
+    run = trainer.Trainer(cfg)
+    torch.manual_seed(1)
+    with torch.no_grad():  # fresh, the network's last layers are almost zero, and its output with them
+        run.flat.vector.add_(0.05 * torch.randn_like(run.flat.vector))
+    run.update = lambda lr: None
+    run.train_step(run.dataset.images[:16].to(run.device), None)
+    return float(run.sums["loss"]), run.gradient.double().cpu()
+
+
+def difference(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "tcm"])
+def test_bf16_gives_the_loss_and_gradient_of_fp32(name, teacher, tmp_path):
+    """To bfloat16's 8 bits. Not TCM: its pair differs by t / 1000, less than two bfloat16 outputs do by rounding."""
+    settings = {"network": {"dropout": 0.0, "model_channels": 8}}
+    (loss, gradient), (low_loss, low_gradient) = (
+        one_step(every_objective(tmp_path, name, teacher, **settings, train={"precision": precision}))
+        for precision in ("fp32", "bf16")
+    )
+    assert low_loss == pytest.approx(loss, rel=0.05)
+    assert 0 < difference(low_gradient, gradient) < 0.15
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """torch.compile traces and differentiates, then runs eager kernels: Inductor's take minutes to build on a CPU."""
+    compiled, real = [], torch.compile
+
+    def compile(function, dynamic=None, mode=None):
+        compiled.append(mode)
+        return real(function, dynamic=dynamic, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    torch._dynamo.reset()
+    return compiled
+
+
+SMALL = {"channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "model_channels": 4}
+
+
+@pytest.mark.parametrize("name", ["ect", "sct"])
+def test_the_compiled_step_is_the_eager_one(name, teacher, tmp_path, without_kernels, monkeypatch):
+    """Both passes' dropout masks and the JVP included."""
+    monkeypatch.setattr(networks.layers, "dropout", torch.nn.functional.dropout)  # one algorithm in both modes
+    settings = {"network": {**SMALL, "dropout": 0.5}}
+    loss, gradient = one_step(every_objective(tmp_path, name, teacher, **settings))
+    assert not without_kernels
+    again = one_step(every_objective(tmp_path, name, teacher, **settings, train={"compile": "reduce-overhead"}))
+    assert again[0] == pytest.approx(loss, rel=1e-5) and difference(again[1], gradient) < 1e-4
+    assert without_kernels == [None, "reduce-overhead"]  # the trial, and the network
+
+
+def test_without_a_compiler_training_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    torch._dynamo.reset()
+    trainer.train(tiny(tmp_path / "a", train={"compile": True}))
+    said = capsys.readouterr()
+    assert said.err.count("warning: train.compile: nothing compiles here, training goes on without") == 1
+    assert len([line for line in said.err.splitlines() if "compile" in line]) == 1 and "step 6/6" in said.out
+    trainer.train(tiny(tmp_path / "b", train={"compile": False}))
+    assert "compile" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["ect", "sct"])
+def test_checkpointing_changes_no_bit_and_computes_blocks_again(name, teacher, tmp_path, monkeypatch):
+    calls, real = [], UNetBlock.compute
+    monkeypatch.setattr(UNetBlock, "compute", lambda self, *inputs: calls.append(self) or real(self, *inputs))
+    settings = {"network": {"dropout": 0.3}}
+    loss, gradient = one_step(every_objective(tmp_path, name, teacher, **settings, train={"microbatch": 8}))
+    plain, calls[:] = len(calls), []
+    again = one_step(
+        every_objective(tmp_path, name, teacher, **settings, train={"microbatch": 8, "checkpointing": True})
+    )
+    assert again[0] == loss and torch.equal(again[1], gradient)
+    blocks = len(set(calls))
+    assert len(calls) == plain + 2 * blocks  # once more in each of two passes' backward; the target needs none
+
+
+def test_microbatch_auto_halves_until_a_pass_fits_and_a_resumed_run_keeps_it(tmp_path, monkeypatch):
+    cfg = tiny(tmp_path, train={"microbatch": "auto", "steps": 2}, network={"dropout": 0.0})
+    run = trainer.Trainer(cfg)
+    tried, real = [], run.objective.forward
+
+    def of_a_small_gpu(model, x, **rest):
+        tried.append(len(x))
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, x, **rest)
+
+    run.objective.forward = of_a_small_gpu
+    before = run.flat.vector.clone()
+    run.open_folder()
+    run.find_microbatch()
+    assert tried == [16, 8, 4] and run.microbatch == 4
+    assert torch.equal(run.flat.vector, before) and not run.gradient.any()
+    run.loop()  # on a CPU it asks no more
+    run.close()
+    assert tried[3:] == [4] * 8  # two steps of the whole batch
+    longer = trainer.Trainer(tiny(tmp_path, train={"microbatch": "auto", "steps": 4}, network={"dropout": 0.0}))
+    assert longer.microbatch == 16
+    longer.resume()
+    assert longer.microbatch == 4
+
+
+def test_ranks_agree_on_one_microbatch(tmp_path, monkeypatch):
+    """This rank had room for all; another had not."""
+    run = trainer.Trainer(tiny(tmp_path, train={"microbatch": "auto"}))
+    answers = iter([True, True, False])
+    monkeypatch.setattr(trainer, "any_rank", lambda full: next(answers))
+    run.log = type("Log", (), {"say": print})()
+    run.find_microbatch()
+    assert run.microbatch == 4
+
+
+def test_where_not_one_image_fits_one_line_says_so(tmp_path, monkeypatch):
+    run = trainer.Trainer(tiny(tmp_path, train={"microbatch": "auto"}))
+    monkeypatch.setattr(run, "fits", lambda count: False)
+    with pytest.raises(trainer.ConfigError, match=r"has no memory for 1 images a pass; set train\.checkpointing=true"):
+        run.find_microbatch()
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a GPU: values read from tensors, and results whose size depends on them."""
+
+    NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith(self.NAMES):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_step_reads_no_tensor(name, teacher, tmp_path):
+    """All but the optimizer, whose learning rate is a tensor on a GPU alone."""
+    settings = {"data": {"augment": 0.5}, "train": {"grad_clip": 1.0}}
+    run = trainer.Trainer(every_objective(tmp_path, name, teacher, **settings))
+    run.update = lambda lr: None
+    images = run.dataset.images[:16]
+    run.train_step(images, None)  # tables that are made once may be read
+    with Reads() as seen:
+        run.train_step(images, None)
+    assert not seen.found
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True, "reduce-overhead"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_step_on_a_gpu_waits_for_nothing(name, compiled, teacher, tmp_path):
+    if compiled and name not in ("edm", "ect", "sct"):
+        pytest.skip("compiled, one of each kind is enough")
+    settings = {"run": {"device": "cuda", "dir": str(tmp_path)}, "train": {"compile": compiled, "precision": "bf16"}}
+    run = trainer.Trainer(every_objective(tmp_path, name, teacher, **settings))
+    images = run.dataset.images[:16].cuda()
+    for _ in range(4):
+        run.train_step(images, None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.train_step(images, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("compiled", [True, "reduce-overhead"])
+@pytest.mark.parametrize("name", ["ect", "cd", "sct"])
+def test_on_a_gpu_the_fast_path_gives_the_loss_and_gradient_of_fp32(name, compiled, teacher, tmp_path):
+    """Over three steps that move the weights in place, as CUDA graphs must see."""
+    results = []
+    for train in ({"precision": "fp32", "compile": False}, {"precision": "bf16", "compile": compiled}):
+        settings = {"run": {"device": "cuda", "dir": str(tmp_path)}, "network": {"dropout": 0.0}, "train": train}
+        run = trainer.Trainer(every_objective(tmp_path, name, teacher, **settings))
+        images = run.dataset.images[:16].cuda()
+        for _ in range(3):
+            run.sums.clear()
+            run.train_step(images, None)
+        results.append((float(run.sums["loss"]), run.gradient.double().cpu()))
+    assert results[1][0] == pytest.approx(results[0][0], rel=0.05)
+    assert difference(results[1][1], results[0][1]) < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
+def test_the_loop_never_waits_for_images_in_files(tmp_path):
+    """32-pixel PNGs by two workers: while a step runs, the next batches come; 5x slower decoding would still do."""
+    noise = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8).numpy()
+    for i, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    section = trainer.config.Data(name="folder", path=str(tmp_path), memory_gb=0.0)
+    dataset = data.load(section)
+    assert dataset.images is None
+    with contextlib.closing(data.batches(dataset, 0, 64, workers=2)) as batches:
+        next(batches)  # the workers start
+        waited = 0.0
+        for _ in range(8):
+            time.sleep(0.25)  # a step
+            start = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - start
+    assert waited < 0.1 * 8 * 0.25
