@@ -214,19 +214,19 @@ def test_on_a_gpu_the_fast_path_gives_the_loss_and_gradient_of_fp32(name, compil
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
 def test_the_loop_never_waits_for_images_in_files(tmp_path):
-    """32-pixel PNGs by two workers: while a step runs, the next batches come; 5x slower decoding would still do."""
+    """32-pixel PNGs by two workers: while a step runs, the next batches come. benchmarks/loading.py has the figures."""
     noise = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8).numpy()
     for i, pixels in enumerate(noise):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    section = trainer.config.Data(name="folder", path=str(tmp_path), memory_gb=0.0)
-    dataset = data.load(section)
+    dataset = data.load(trainer.config.Data(name="folder", path=str(tmp_path), memory_gb=0.0))
     assert dataset.images is None
-    with contextlib.closing(data.batches(dataset, 0, 64, workers=2)) as batches:
-        next(batches)  # the workers start
-        waited = 0.0
-        for _ in range(8):
-            time.sleep(0.25)  # a step
-            start = time.perf_counter()
-            next(batches)
-            waited += time.perf_counter() - start
-    assert waited < 0.1 * 8 * 0.25
+    waited = {0: 0.0, 2: 0.0}
+    for workers in waited:
+        with contextlib.closing(data.batches(dataset, 0, 128, workers=workers)) as batches:
+            next(batches)  # the workers start
+            for _ in range(6):
+                time.sleep(0.25)  # a step
+                start = time.perf_counter()
+                next(batches)
+                waited[workers] += time.perf_counter() - start
+    assert waited[2] < 0.5 * waited[0]
