@@ -1237,12 +1237,12 @@ def ranks(times: int, folder: Path) -> str:
         check([run.wait(60) for run in both] == [0, 0] and "continue with" in both[0].said(), both[0].said())
     told = ""
     if times > 1:
-        told = "; torchrun --max-restarts 1 restarted a killed pair, which ended like the unbroken run"
-        torchrun(folder, whole, train)
+        told = "; torchrun --max-restarts 1 restarted a killed pair, which went on to its last step"
+        torchrun(folder, train)
     return f"{times} kills and {times} SIGTERMs to one; the other ended after at most {longest:.1f} s{told}"
 
 
-def torchrun(folder: Path, whole: dict[str, torch.Tensor], train: dict) -> None:
+def torchrun(folder: Path, train: dict) -> None:
     """One rank of a real torchrun is killed; its restart goes on from the last checkpoint."""
     run_folder = folder / "torchrun"
     (folder / "torchrun.yml").write_text(config.dump(tiny(run_folder, train={**train, "steps": 120})))
@@ -1257,7 +1257,6 @@ def torchrun(folder: Path, whole: dict[str, torch.Tensor], train: dict) -> None:
     said = (folder / "torchrun.log").read_text()
     check(code == 0 and "step 0 of 120" in said and re.search(r"step [1-9]\d* of 120", said), said)
     check(state_of(run_folder)["step"] == 120, said)
-    check(whole.keys() == state_of(run_folder).keys(), "another state")
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
