@@ -27,7 +27,10 @@ def start_ranks() -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, timeout=SILENCE)
+        # torchrun keeps the store when it restarts: without a name for each attempt, dead ranks are found in it.
+        store, rank, world = next(dist.rendezvous("env://", timeout=SILENCE))
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=SILENCE)
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RunFailed(f"the ranks did not find each other: {' '.join(str(error).split())[:200]}") from None

@@ -1237,15 +1237,15 @@ def ranks(times: int, folder: Path) -> str:
         check([run.wait(60) for run in both] == [0, 0] and "continue with" in both[0].said(), both[0].said())
     told = ""
     if times > 1:
-        told = "; torchrun --max-restarts 1 restarted a killed pair, which ended like the unbroken run"
-        torchrun(folder, whole, train)
+        told = "; torchrun --max-restarts 1 restarted a killed pair, which went on to its last step"
+        torchrun(folder, train)
     return f"{times} kills and {times} SIGTERMs to one; the other ended after at most {longest:.1f} s{told}"
 
 
-def torchrun(folder: Path, whole: dict[str, torch.Tensor], train: dict) -> None:
+def torchrun(folder: Path, train: dict) -> None:
     """One rank of a real torchrun is killed; its restart goes on from the last checkpoint."""
     run_folder = folder / "torchrun"
-    (folder / "torchrun.yml").write_text(config.dump(tiny(run_folder, train={**train, "steps": 400})))
+    (folder / "torchrun.yml").write_text(config.dump(tiny(run_folder, train={**train, "steps": 120})))
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command = [*starter, str(HERE.parent / "main.py"), "--cfg", str(folder / "torchrun.yml"), "--resume"]
     with open(folder / "torchrun.log", "w") as log:
@@ -1255,9 +1255,8 @@ def torchrun(folder: Path, whole: dict[str, torch.Tensor], train: dict) -> None:
     os.kill(int(children[-1]), signal.SIGKILL)
     code = process.wait(300)
     said = (folder / "torchrun.log").read_text()
-    check(code == 0 and "step 0 of 400" in said and re.search(r"step [1-9]\d* of 400", said), said)
-    check(state_of(run_folder)["step"] == 400, said)
-    check(whole.keys() == state_of(run_folder).keys(), "another state")
+    check(code == 0 and "step 0 of 120" in said and re.search(r"step [1-9]\d* of 120", said), said)
+    check(state_of(run_folder)["step"] == 120, said)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -1295,7 +1294,7 @@ def memory(times: int, folder: Path) -> str:
 FAULTS: dict[str, tuple[Callable[[int, Path], str], int, int]] = {  # name -> (what tries it, times, times in CI)
     # 0: only in the long form
     "crash": (crash, 50, 6),
-    "signals": (signals, 4, 1),
+    "signals": (signals, 3, 1),
     "disk-full": (disk_full, 7, 1),
     "disk-read-only": (disk_read_only, 5, 1),
     "folder-removed": (folder_removed, 5, 1),
