@@ -681,9 +681,9 @@ class Trainer:
         """Keep this step as best.ckpt if it scores better, by the same metric, than the one there."""
         metric = self.cfg.metrics.model_dump(exclude={"every", "at_end"})
         if self.best is None or self.best["metric"] != metric or metrics.better(scores, self.best["scores"]):
-            self.best = {"metric": metric, "scores": scores}
-            path = self.folder / "checkpoints" / "best.ckpt"
-            self.write_checkpoint(lambda: checkpoint.write_state(path, {**self.state(), "best": self.best}))
+            best, path = {"metric": metric, "scores": scores}, self.folder / "checkpoints" / "best.ckpt"
+            if self.write_checkpoint(lambda: checkpoint.write_state(path, {**self.state(), "best": best})):
+                self.best = best
 
     def say_next(self) -> None:
         """The command that comes next."""
