@@ -1,8 +1,8 @@
 """State to disk and back, whole or not at all.
 
 A checkpoint is torch.save's zip of tensors and plain containers. It is read with weights_only=True, so a file can never
-run code, and only after the SHA-256 in the zip's comment has been checked, so a damaged file is never half loaded. (The
-members' CRC-32 leave out their names and places: a turned bit there can give one weight another's values.)
+run code, and used only after the SHA-256 in the zip's comment has been checked, so a damaged file is never half loaded.
+(The members' CRC-32 leave out the list of contents: a bit turned there can make a weight a folder, which torch reads.)
 
     python checkpoint.py import SRC DST [--arch FILE.json]
     python checkpoint.py export CKPT DIR --to diffusers|safetensors|onnx

@@ -1035,13 +1035,13 @@ def hostile(times: int, folder: Path) -> str:
         refused_data(data, "zip", folder / "set.zip", "points outside")
         tried += 1
     with zipfile.ZipFile(folder / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.png", bytes(2**29))
+        archive.writestr("a.png", bytes(2**28 + 1))
     refused_data(data, "zip", folder / "set.zip", "unpacks to more than")
     with (
         zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive,
         archive.open("images.npy", "w", force_zip64=True) as file,
     ):
-        for _ in range(50):
+        for _ in range(6):
             file.write(bytes(2**27))
     refused_data(data, "npz", folder / "bomb.npz", "data.memory_gb")
     (folder / "pickle.npz").write_bytes(pickle.dumps(Trap()))
@@ -1065,7 +1065,7 @@ def hostile(times: int, folder: Path) -> str:
 
 
 def refused_data(data, kind: str, path: Path, words: str) -> None:
-    section = config.parse({"data": {"name": kind, "path": str(path)}}).data
+    section = config.parse({"data": {"name": kind, "path": str(path), "memory_gb": 0.5}}).data
     try:
         data.load(section)
     except config.ConfigError as error:
@@ -1293,7 +1293,7 @@ def memory(times: int, folder: Path) -> str:
 
 FAULTS: dict[str, tuple[Callable[[int, Path], str], int, int]] = {  # name -> (what tries it, times, times in CI)
     # 0: only in the long form
-    "crash": (crash, 50, 6),
+    "crash": (crash, 50, 4),
     "signals": (signals, 3, 1),
     "disk-full": (disk_full, 7, 1),
     "disk-read-only": (disk_read_only, 5, 1),
