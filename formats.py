@@ -89,7 +89,7 @@ def _state(
     return {
         "step": 0,
         "config": cfg.model_dump(),
-        "data": {"shape": shape, "class_counts": class_counts},
+        "data": {"shape": shape, "class_counts": class_counts, "scaling": None},
         "model": weights,
         "ema": [weights],
         "objective": {},

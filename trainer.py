@@ -252,6 +252,7 @@ class Trainer:
         )
 
     def write_config(self) -> None:
+        """config.yml of the run folder: every setting of this run."""
         text = config.dump(self.cfg).encode()
         checkpoint.write_atomically(self.folder / "config.yml", lambda file: file.write(text))
 

@@ -241,6 +241,7 @@ class UNetBlock(nn.Module):
         return self.compute(x, emb)
 
     def compute(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The block itself; `forward` may compute it again in the backward pass."""
         h = self.conv0(F.silu(self.norm0(x)))
         params = self.affine(emb)[:, :, None, None].to(h.dtype)
         if self.scale_shift_norm:

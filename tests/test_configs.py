@@ -120,10 +120,12 @@ def test_a_student_has_the_network_of_the_run_it_starts_from(student, source):
     for key in ("precond", "dropout"):  # what may change: the boundary, and regularisation
         del ours[key], theirs[key]
     assert ours == theirs
-    assert (student.network.precond == "trigflow") == (teacher.network.precond == "trigflow")
+    # The weights of either clock fit the other where the noise label is the same (2410.11081 sec. 3).
+    either = student.network.c_noise == teacher.network.c_noise == "log" and student.train.init_from is not None
+    assert either or (student.network.precond == "trigflow") == (teacher.network.precond == "trigflow")
     wanted = {"cd": "edm", "pd": "edm", "cmt": "edm", "scd": "trigflow", "sct": "trigflow", "tcm": "ect"}
     if student.objective.name in wanted:
-        assert teacher.objective.name == wanted[student.objective.name]
+        assert teacher.objective.name in (wanted[student.objective.name], "edm" if either else None)
     for key in ("name", "resolution", "channels", "conditional"):
         assert getattr(student.data, key) == getattr(teacher.data, key)
 
