@@ -79,6 +79,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for cell in column:
             cell.set_xscale("log", base=2)
             cell.set_yscale("log")
+            cell.yaxis.set_major_formatter("{x:g}")
+            cell.yaxis.set_minor_formatter("{x:g}")
             cell.set_xticks(values, [str(v) for v in values])
     axes[0, 0].set(ylabel="seconds a step")
     axes[1, 0].set(ylabel="peak memory, GiB")
