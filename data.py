@@ -10,6 +10,7 @@ in DATASETS at the end of this file.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -263,6 +264,14 @@ def _deferred_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End loading processes left at exit: they do not hear the SIGTERM after which Python would wait for them."""
+    for child in torch.multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _deaf(worker: int) -> None:

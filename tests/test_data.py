@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import time
 import zipfile
 import zlib
@@ -672,3 +674,19 @@ def test_a_strange_file_name_stays_on_one_line(tmp_path):
         data.load(settings(tmp_path))
     one_line(info, "a\\nb\\x1b")
     assert str(info.value).isprintable()
+
+
+def test_a_script_that_leaves_loading_processes_behind_ends(tmp_path):
+    """They ignore SIGTERM, for which Python would wait at its exit for ever."""
+    for i in range(4):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import config, data
+cfg = config.parse({{"data": {{"name": "folder", "path": {str(tmp_path)!r}, "memory_gb": 0.0}}}}).data
+kept = sys.modules["kept"] = data.batches(data.load(cfg), 0, 2, workers=1)
+next(kept)
+print("read")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "read" in done.stdout, done.stderr
