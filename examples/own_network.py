@@ -1,7 +1,7 @@
 """A network and data of your own, and signals, which are no images: python examples/own_network.py [--quick]
 
 Learns pieces of 64 pixels of the scanlines of a photograph, a real 1-D signal, and compares samples and data: the steps
-between neighbours and the correlation of pixels 1, 8 and 32 apart. Three minutes on one CPU core.
+between neighbours and the correlation of pixels 1, 8 and 32 apart. Five minutes on one CPU core.
 """
 
 import sys
