@@ -46,7 +46,9 @@ from ema import EMA  # noqa: E402
 
 BATCH, SIGMA_MAX, SIGMA_DATA = 64, 80.0, 0.5
 SHAPE = {"resolution": 8, "channels": 1, "label_dim": 0, "augment_dim": 0}
-S0, S1, MU0 = 2, 40, 0.9  # CT's grid and target, scaled to a short run
+# CT's grid and target. The paper's mu0 of 0.9 is for 800,000 steps: in a short run its target lags so far behind that
+# what is learned at low noise never reaches high noise.
+S0, S1, MU0 = 2, 40, 0.01
 ICT = (10, 160)  # iCT's
 STAGES = 5  # ECT's
 

@@ -36,10 +36,11 @@ class Preconditioner(nn.Module):
         self.sigma_data = sigma_data
         self.sigma_min = sigma_min
         self.sigma_max = sigma_max
-        self.img_resolution: int = model.img_resolution
-        self.img_channels: int = model.img_channels
-        self.label_dim: int = model.label_dim
-        self.augment_dim: int = model.augment_dim
+        # What a network of this package says of itself; a network of yours need not.
+        self.img_resolution: int | None = getattr(model, "img_resolution", None)
+        self.img_channels: int | None = getattr(model, "img_channels", None)
+        self.label_dim: int = getattr(model, "label_dim", 0)
+        self.augment_dim: int = getattr(model, "augment_dim", 0)
         image = (self.img_channels, self.img_resolution, self.img_resolution)
         self.shape: tuple[int, ...] = getattr(model, "shape", image)  # of one sample
         self.condition_dim: int = getattr(model, "condition_dim", 0)

@@ -76,7 +76,7 @@ def test_policy(tmp_path):
     said = quick(ROOT / "examples" / "policy.py", "--out", tmp_path, "--bounds", "tanh")
     rows = re.findall(r"\| (pendulum|past_the_disc) \| ([\w ,]+) \| (-[\d.]+) \|.*\| ([\d.]+) \|", said)
     assert len(rows) == 8 and all(float(ms) > 0 for *_, ms in rows)
-    assert (tmp_path / "pendulum" / "config.yml").exists() and "bounds: tanh" in said
+    assert (tmp_path / "pendulum-seed0" / "config.yml").exists() and "bounds: tanh" in said
 
 
 def test_the_pendulums_expert_swings_it_up_and_holds_it(policy):

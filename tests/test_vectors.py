@@ -428,3 +428,19 @@ def test_distillation_on_vectors_and_a_teacher_of_other_vectors(tmp_path):
     save(tmp_path, vectors=2 * ACTIONS, conditions=STATES)
     with pytest.raises(config.ConfigError, match=r"objective\.teacher: .* vectors of another mean, spread or bounds"):
         trainer.train(vector_run(tmp_path / "other", path, objective={"name": "cd", **teacher}))
+
+
+def test_a_network_of_ones_own_needs_no_more_than_a_forward():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2)
+
+        def forward(self, x, c_noise, *nothing):
+            return self.linear(torch.cat([x, c_noise[:, None]], 1))
+
+    own, x, sigma = Own(), torch.randn(4, 2), torch.rand(4) + 0.5
+    s = sigma[:, None]
+    c_in, c_out, c_skip = (s**2 + 0.25).rsqrt(), 0.5 * s * (s**2 + 0.25).rsqrt(), 0.25 / (s**2 + 0.25)
+    by_hand = c_skip * x + c_out * own(c_in * x, sigma.log() / 4)
+    torch.testing.assert_close(Preconditioner(own)(x, sigma), by_hand)
