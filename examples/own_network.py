@@ -42,15 +42,16 @@ def describe(name, x):
 
 torch.manual_seed(0)
 grey = torch.tensor(load_sample_image("flower.jpg").mean(2), dtype=torch.float32)
-data = grey.unfold(1, LENGTH, 16).reshape(-1, 1, LENGTH)
-data = (data - data.mean()) / data.std() * SD
+data = ((grey - grey.mean()) / grey.std() * SD).unfold(1, LENGTH, 16).reshape(-1, 1, LENGTH)
 model = Net()
-ema, optimizer = EMA(model, 0.999, warmup=0.05), torch.optim.RAdam(model.parameters(), lr=2e-3)
-objective = EasyConsistencyTuning(steps_per_stage=STEPS / 6, P_mean=-0.5, P_std=1.8)
+ema, optimizer = EMA(model, 0.999, warmup=0.05), torch.optim.RAdam(model.parameters(), lr=4e-3)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+objective = EasyConsistencyTuning(steps_per_stage=STEPS / 6, P_mean=0.5, P_std=2.0, huber_c=0.3)
 for step in range(STEPS):
     optimizer.zero_grad()
     objective(model, data[torch.randint(len(data), (BATCH,))], step=step).loss.backward()
     optimizer.step()
+    schedule.step()
     ema.update(model, step + 1)
 with torch.no_grad():
     for sigmas in ([80.0], [80.0, 0.8]):

@@ -57,10 +57,10 @@ def two_moons(n: int, g: torch.Generator) -> torch.Tensor:
 
 
 def spirals(n: int, g: torch.Generator) -> torch.Tensor:
-    """Two arms of one and a half turns, with noise."""
-    turn = 3 * math.pi * torch.rand(n, generator=g).sqrt()
+    """Two arms of one turn, with noise."""
+    turn = 2 * math.pi * torch.rand(n, generator=g).sqrt()
     arm = 1 - 2 * torch.randint(2, (n,), generator=g)
-    points = torch.stack([turn.cos(), turn.sin()], 1) * (arm * turn)[:, None] / (3 * math.pi)
+    points = torch.stack([turn.cos(), turn.sin()], 1) * (arm * turn)[:, None] / (2 * math.pi)
     return (points + 0.015 * torch.randn(n, 2, generator=g)) * 0.95
 
 
