@@ -235,7 +235,8 @@ class CT(Section):
     s1: int = Field(150, ge=2)
     """Noise levels at the end, less one."""
     mu0: float = Field(0.9, gt=0, lt=1)
-    """Decay of the target network at the start."""
+    """Decay of the target network at the start. 0.9 is for 800,000 steps; in a few thousand that target lags too far
+    behind, and samples stay grey: take 0.01 there."""
     weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "uniform"
     """Weight of the loss by the student's signal-to-noise ratio; the paper's is uniform."""
 
