@@ -29,7 +29,7 @@ from config import Arguments, Config, ConfigError, parse, path_text
 
 FORMAT = 1
 PARTS = {"step": int, "config": dict, "data": dict, "model": dict, "ema": list, "objective": dict, "optimizer": dict}
-OUTPUT_LAYER = re.compile(r"model\.(dec\.\d+x\d+_aux_conv|out_conv)\.(weight|bias)")
+OUTPUT_LAYER = re.compile(r"model\.(dec\.\d+x\d+_aux_conv|out_conv|last)\.(weight|bias)")
 
 
 class CheckpointError(ConfigError):

@@ -445,7 +445,7 @@ class Sample(Section):
     sigmas: list[Positive] | None = Field(None, min_length=1)
     """Noise levels of few-step sampling, descending; `--steps S` takes the first S. null: sigma_max, then 0.821."""
     solver: Literal["auto", "multistep", "heun"] = "auto"
-    """auto: heun for objective edm, multistep for consistency models."""
+    """auto: heun for diffusion models (edm, trigflow), multistep for consistency models."""
     guidance: NonNegative | None = None
     """w of classifier-free guidance in sampling, D_null + w (D - D_null) (2207.12598). null: none."""
     heun_steps: int = Field(18, ge=2)
@@ -784,6 +784,11 @@ def _check_together(cfg: Config, place) -> None:
             max(cfg.sample.sigmas or [0]) > n.sigma_max,
             "sample.sigmas",
             f"starts above network.sigma_max ({n.sigma_max}), which the network never saw",
+        ),
+        (
+            cfg.metrics.reference is not None and cfg.metrics.scores != ["fid"],
+            "metrics.scores",
+            "metrics.reference has the statistics of a FID alone; set metrics.scores: [fid]",
         ),
         (
             cfg.metrics.reference is not None and cfg.metrics.features != "inception",

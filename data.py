@@ -687,7 +687,8 @@ def folder(cfg: Any) -> Dataset:
     classes = sorted({name.split("/")[0] for name in names if "/" in name})
     labels = None
     if all("/" in name for name in names):
-        labels = [classes.index(name.split("/")[0]) for name in names]
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number[name.split("/")[0]] for name in names]
     return _from_files(cfg, Files(path, names, zipped=False, on_broken=cfg.on_broken), labels, len(classes))
 
 

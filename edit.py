@@ -253,9 +253,10 @@ def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: 
 def noise_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: Path) -> list[float]:
     """Descending, one for each evaluation: --sigmas, or even steps down the Karras grid from where the task starts."""
     import editing
+    import sampler
     from schedules import karras_sigmas
 
-    low, high = cfg.network.sigma_min, cfg.network.sigma_max
+    low, high = sampler.lowest_level(cfg), cfg.network.sigma_max
     if args.sigmas is not None:
         return chosen_levels(args, cfg)[0]
     if args.sigma is not None:

@@ -6,15 +6,12 @@ Samples of a seed are the same whatever the batch, the number of processes (torc
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +22,7 @@ if TYPE_CHECKING:  # torch is imported after the arguments and the config are kn
     import torch
 
     from data import Dataset
+    from drawing import Drawing
 
 SHARD = 1000  # samples written at a time: a folder of PNG files or an npz
 GRID = 400  # most samples in a grid
@@ -178,6 +176,7 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     import checkpoint
     import search
     from devices import place
+    from drawing import Drawing
 
     state = checkpoint.load(args.ckpt)
     check_network(cfg, checkpoint.config_of(state, args.ckpt), args.ckpt)
@@ -221,6 +220,7 @@ def sample_vectors(args: argparse.Namespace, cfg: Config, model: Any) -> int:
     import data
     import vectors
     from devices import place
+    from drawing import Drawing
 
     for name in ("nearest", "search_sigmas", "sweep", "class_index"):
         if getattr(args, name) not in (None, False):
@@ -318,104 +318,6 @@ def show_nearest(images: Any, dataset: Dataset, device: torch.device, path: Path
 # What is sampled ------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Drawing:
-    """All that decides a command's samples, and how fast they were drawn."""
-
-    model: Any  # networks.Preconditioner
-    seed: int
-    num: int
-    sigmas: list[float]
-    solver: str
-    labels: torch.Tensor | None  # int64 (num,)
-    batch: int
-    guidance: float | None = None
-    conditions: torch.Tensor | None = None  # float32 (num, K), of vectors
-    drawn: int = 0
-    seconds: float = 0.0
-
-    def draw(self, start: int, stop: int) -> torch.Tensor:
-        """Samples start..stop on the CPU: uint8 (N, C, H, W), or vectors, float32 (N, ...)."""
-        import torch
-
-        import data
-        import sampler
-
-        started = time.perf_counter()
-        labels = None if self.labels is None else self.labels[start:stop]
-        indices, conditions = range(start, stop), None if self.conditions is None else self.conditions[start:stop]
-        batches = sampler.generate(
-            self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch, self.guidance, conditions
-        )
-        images = torch.cat([(data.to_uint8(x) if self.model.scaling is None else x).cpu() for x in batches])
-        self.drawn, self.seconds = self.drawn + len(images), self.seconds + time.perf_counter() - started
-        return images
-
-    def stream(self) -> Stream:
-        """All samples, drawn when they are read."""
-        starts = range(0, self.num, self.batch)
-        sizes = [min(self.batch, self.num - start) for start in starts]
-        return Stream(lambda piece: self.draw(starts[piece], starts[piece] + sizes[piece]), sizes)
-
-    @property
-    def nfe(self) -> int:
-        """Evaluations of the network per sample."""
-        return 2 * len(self.sigmas) - 1 if self.solver == "heun" else len(self.sigmas)
-
-    def speed(self) -> str:
-        """Samples a second, in words."""
-        return f"{self.drawn / self.seconds:,.0f} images/s" if self.drawn else "all were there already"
-
-    def manifest(self, format: str) -> dict[str, Any]:
-        """What tells these samples, kept in this format, from others."""
-        digest = hashlib.sha256()
-        for name, value in self.model.state_dict().items():
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        given = self.labels if self.conditions is None else self.conditions
-        labels = None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()[:16]
-        return {
-            "weights": digest.hexdigest()[:16],
-            "seed": self.seed,
-            "num": self.num,
-            "sigmas": self.sigmas,
-            "solver": self.solver,
-            "labels": labels,
-            "guidance": self.guidance,
-            "format": format,
-        }
-
-
-class Stream:
-    """Images read piece by piece; one piece is in memory at a time. What metrics.py reads."""
-
-    def __init__(self, read: Callable[[int], torch.Tensor], sizes: list[int]):
-        """`read(i)` gives piece i, uint8 (sizes[i], C, H, W)."""
-        import torch
-
-        self.read, self.ends = read, torch.tensor(sizes).cumsum(0)
-        self.held: tuple[int, torch.Tensor] | None = None
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def batch(self, indices: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, C, H, W) for int64 (B,) indices, in any order."""
-        import torch
-
-        order = indices.argsort(stable=True)  # each piece is read once
-        pieces = torch.bucketize(indices[order], self.ends, right=True)
-        rows = indices[order] - torch.cat([self.ends.new_zeros(1), self.ends])[pieces]
-        parts = [self.piece(i)[rows[pieces == i]] for i in pieces.unique().tolist()]
-        return torch.cat(parts)[order.argsort()]
-
-    def piece(self, i: int) -> torch.Tensor:
-        """Piece i, uint8 (n, C, H, W); the last one read is kept."""
-        if self.held is None or self.held[0] != i:
-            self.held = None  # before the next is read: never two
-            self.held = (i, self.read(i))
-        return self.held[1]
-
-
 def check_network(cfg: Config, trained: Config, path: str) -> None:
     """Refuse a config whose network is not the checkpoint's: the figures would be of something else."""
     different = config.first_difference(config.Config(network=trained.network), config.Config(network=cfg.network))
@@ -429,8 +331,10 @@ def chosen_levels(args: argparse.Namespace, cfg: Config, steps: int | None = Non
     import search
     from devices import place
 
+    planned, solver = sampler.plan(cfg, steps or args.steps or 1)
+    if solver == "heun" and args.steps:
+        raise ConfigError("--steps: this config samples by Heun's method; set sample.heun_steps, or give --sigmas")
     steps = steps or args.steps or 1
-    planned, solver = sampler.plan(cfg, steps)
     top = cfg.network.sigma_max
     if args.sigmas is None:
         found = search.found(search.store(args.ckpt), steps, top) if solver != "heun" and steps > 1 else None
@@ -615,6 +519,7 @@ def read_images(path: Path, cfg: Config, channels: int | None) -> Any:
     channels: to bring them to (grey images are often saved as RGB). Raises ConfigError.
     """
     import data
+    from drawing import Stream
 
     if (path / "manifest.json").exists():
         manifest = read_manifest(path)

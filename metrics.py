@@ -76,7 +76,7 @@ def better(new: dict[str, float], old: dict[str, float]) -> bool:
     name = next(iter(new))
     if not math.isfinite(old[name]):
         return math.isfinite(new[name])
-    return new[name] < old[name] if name in ("fid", "kid") else new[name] > old[name]
+    return new[name] < old[name] if name in ("fid", "kid", "w2") else new[name] > old[name]
 
 
 def score(

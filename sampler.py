@@ -104,14 +104,19 @@ def levels(
         return list(given[:steps])
     if steps == 1:
         return [sigma_max]
-    if steps == 2 and sigma_max > 0.821:
+    if steps == 2 and sigma_min < 0.821 < sigma_max:
         return [sigma_max, 0.821]
     return karras_sigmas(steps + 1, sigma_min, sigma_max)[:-1].tolist()
 
 
+def lowest_level(cfg: Config) -> float:
+    """The lowest noise level that the network is trained for: sigma_min, or TCM's t'."""
+    return getattr(cfg.objective, "t_prime", cfg.network.sigma_min)
+
+
 def plan(cfg: Config, steps: int = 1) -> tuple[list[float], str]:
     """(noise levels, solver) that a config samples by: `steps` evaluations, or Heun's for a diffusion model."""
-    low, high, s = cfg.network.sigma_min, cfg.network.sigma_max, cfg.sample
+    low, high, s = lowest_level(cfg), cfg.network.sigma_max, cfg.sample
     if s.solver == "heun" or (s.solver == "auto" and cfg.objective.name in ("edm", "trigflow")):
         return karras_sigmas(s.heun_steps, low, high).tolist(), "heun"
     return levels(steps, high, low, s.sigmas), "multistep"

@@ -17,7 +17,7 @@ from config import Config, ConfigError
 from data import Dataset
 
 if TYPE_CHECKING:
-    from generate import Drawing
+    from drawing import Drawing
 
 
 def search(
@@ -47,7 +47,7 @@ def search(
     print(f"  {name:>10}   levels")
     n = cfg.network
     score([n.sigma_max])
-    for sigmas, value in sampler.search_levels(score, steps, n.sigma_max, n.sigma_min):
+    for sigmas, value in sampler.search_levels(score, steps, n.sigma_max, sampler.lowest_level(cfg)):
         entry = {"sigmas": sigmas, name: value, "features": metrics.features_name(settings), "samples": drawing.num}
         remember(path, len(sigmas), {**entry, "seed": drawing.seed, "step": step})
         print(f"--steps {len(sigmas)}: {_short(sigmas)}: {name} {value:.4g}, kept in {path}", flush=True)

@@ -36,6 +36,7 @@ from devices import (
     rank_0_first,
     wait_for_all,
 )
+from drawing import Drawing
 from draws import Draws, key
 from ema import EMA, decay_from_half_life
 from flat import FlatParameters
@@ -48,6 +49,7 @@ FREE = frozenset(
     + [f"data.{k}" for k in ("dir", "path", "workers", "memory_gb")]
     + [f"train.{k}" for k in ("microbatch", "checkpointing", "compile", "log_every", "save_every", "keep", "init_from")]
     + [f"train.{k}" for k in ("on_save_error", "max_bad_steps")]
+    + ["objective.teacher", "objective.lpips_weights"]  # where they lie; the teacher's weights are in the checkpoint
     + [f"sample.{k}" for k in config.Sample.model_fields]
     + [f"metrics.{k}" for k in config.Metrics.model_fields]
 )
@@ -80,8 +82,7 @@ def train(cfg: Config, resume: bool = False) -> None:
     try:
         run.loop()
     except torch.OutOfMemoryError:
-        unit = cfg.objective.steps if cfg.objective.name == "cmt" else 1
-        fewer = [n for n in range(unit, run.microbatch, unit) if run.local_batch % n == 0]
+        fewer = [n for n in range(run.unit, run.microbatch, run.unit) if run.local_batch % n == 0]
         advice = (
             f"train.microbatch={fewer[-1]}: gradients accumulate, the batch stays" if fewer else "a smaller network"
         )
@@ -137,6 +138,12 @@ class Trainer:
             self.objective = objectives.build(cfg, self.model, self._load_teacher()).to(self.device)
         except WeightsMissing as error:
             raise ConfigError(str(error)) from None
+        self.unit = getattr(self.objective, "unit", 1)  # images that belong together in a pass
+        if self.microbatch % self.unit:
+            raise ConfigError(
+                f"train.batch_size: a pass of {self.microbatch} images on each of {self.world} devices is no multiple "
+                f"of the {self.unit} that objective {cfg.objective.name} takes together"
+            )
         self.emas = [EMA(self.model, decay, cfg.ema.warmup) for decay in self._decays()]
         self.optimizer = self._build_optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -146,6 +153,7 @@ class Trainer:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)  # steps with a non-finite gradient
         self.streak = torch.zeros_like(self.skipped)  # of them, those in a row up to now
         self.saved = 0  # the step of the newest checkpoint
+        self.problem = ""  # why the last one could not be written
         self.best: dict[str, Any] | None = None  # the scores in best.ckpt, and the metric they are by
         self.stopping = self.interruptible = False
 
@@ -328,7 +336,7 @@ class Trainer:
             write()
             return True
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            reason = " ".join(str(error).split())[:200]
+            self.problem = reason = " ".join(str(error).split())[:200]
             before = f"the one of step {self.saved:,} is the newest" if self.saved else "there is none yet"
             message = f"step {self.step:,}: no checkpoint could be written in {folder} ({reason}); {before}"
             if self.cfg.train.on_save_error == "stop":
@@ -371,7 +379,7 @@ class Trainer:
                 print(f"warning: {error}; the next score makes a new one", file=sys.stderr)
 
     def _check_same(self, saved: Config, path: Path) -> None:
-        scheduled = self.cfg.objective.name in ("ct", "ict", "pd") or self.cfg.train.lr_decay != "none"
+        scheduled = getattr(self.objective, "scheduled", False) or self.cfg.train.lr_decay != "none"
         different = config.first_difference(saved, self.cfg, FREE if scheduled else FREE | {"train.steps"})
         if different:
             raise ConfigError(
@@ -385,7 +393,11 @@ class Trainer:
         """Train to the last step, logging, sampling, scoring and saving on the way."""
         cfg, total = self.cfg, self.cfg.train.steps
         rows = (self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
-        resident = self.dataset.to(self.device)
+        try:
+            resident = self.dataset.to(self.device)
+        except torch.OutOfMemoryError:
+            self.log.say(f"the images do not fit in {self.device}'s memory: they stay in this machine's")
+            resident = self.dataset
         if cfg.train.microbatch == "auto" and self.device.type == "cuda" and self.step == 0:
             self.find_microbatch()
         batches = data.batches(resident, cfg.run.seed, cfg.train.batch_size, self.step, rows, cfg.data.workers)
@@ -416,7 +428,9 @@ class Trainer:
             self.interruptible = not self.stopping
             if self.interruptible:
                 work()
-        except (Interrupted, OSError, RuntimeError, MemoryError) as error:
+        except RunFailed:
+            raise
+        except (Interrupted, Exception) as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             self.log.say(f"warning: step {self.step:,}: {work.__name__} failed ({reason})")
         finally:
@@ -425,10 +439,9 @@ class Trainer:
     def find_microbatch(self) -> None:
         """Halve the images of a pass until one fits on every rank's GPU."""
         later = [torch.empty_like(self.gradient) for _ in range(3)]  # the optimizer's moments, and room to work
-        unit = getattr(self.cfg.objective, "steps", 1)  # CMT's passes hold whole trajectories
         while not self.fits(self.microbatch):
             halves = range(self.microbatch // 2, 0, -1)
-            smaller = next((n for n in halves if self.local_batch % n == 0 and n % unit == 0), None)
+            smaller = next((n for n in halves if self.local_batch % n == 0 and n % self.unit == 0), None)
             if smaller is None:
                 raise ConfigError(
                     f"train.microbatch: {self.device} has no memory for {self.microbatch} images a pass; set "
@@ -611,17 +624,9 @@ class Trainer:
         uint8 images (count, C, H, W), or float32 vectors (count, ...) in their own units.
         """
         sigmas, solver = sampler.plan(self.cfg)
-        batches = sampler.generate(
-            self.emas[0].module,
-            self.cfg.run.seed,
-            range(count),
-            sigmas,
-            solver,
-            labels,
-            guidance=self.cfg.sample.guidance,
-            conditions=conditions,
-        )
-        return torch.cat([(data.to_uint8(x) if self.scaling is None else x).cpu() for x in batches])
+        batch = min(256, self.microbatch)  # what training has memory for
+        what = (self.emas[0].module, self.cfg.run.seed, count, sigmas, solver, labels, batch)
+        return Drawing(*what, self.cfg.sample.guidance, conditions).draw(0, count)
 
     def write_grid(self) -> None:
         """A grid of samples as a PNG and in TensorBoard; a column for each class of a conditional network.
@@ -657,6 +662,8 @@ class Trainer:
         scores, num = vectors.score(drawn, conditions, self.dataset, self.scaling)
         self.log.curves(self.step, scores)
         self.log.say(f"score: {vectors.describe(scores, num)}")
+        if self.cfg.metrics.every:
+            self.keep_best(scores)
 
     def score(self) -> None:
         """Score samples from the EMA weights; a score that cannot be had is said, and loses nothing."""
@@ -691,8 +698,8 @@ class Trainer:
         name, last = self.folder / "config.yml", self.folder / "checkpoints" / "last.ckpt"
         if self.rank == 0 and self.saved < self.step:
             raise RunFailed(
-                f"{last.parent}: step {self.step:,} could not be saved; the newest checkpoint is of step "
-                f"{self.saved:,}; make room, and continue with\n  python main.py --cfg {name} --resume"
+                f"{last.parent}: step {self.step:,} could not be saved ({self.problem}); the newest checkpoint is of "
+                f"step {self.saved:,}; mend that, and continue with\n  python main.py --cfg {name} --resume"
             )
         if self.step < self.cfg.train.steps:
             self.log.say(f"stopped at step {self.step:,}; continue with\n  python main.py --cfg {name} --resume")
@@ -700,8 +707,8 @@ class Trainer:
             self.log.say(f"done; sample and score with\n  python generate.py --cfg {name} --ckpt {last} --calc_fid")
 
 
-class Interrupted(Exception):
-    """A signal came while rank 0 was drawing samples or scoring."""
+class Interrupted(BaseException):
+    """A signal came while rank 0 was drawing samples or scoring; no `except Exception` on the way may take it."""
 
 
 def due(step: int, every: int) -> bool:

@@ -7,26 +7,22 @@ already measured is not run again. Writes results.json, table.md, curves.png and
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 import yaml
+from common import ROOT, machine
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import checkpoint  # noqa: E402
-import config  # noqa: E402
-import data  # noqa: E402
-import metrics  # noqa: E402
-import sampler  # noqa: E402
-import trainer  # noqa: E402
+import checkpoint
+import config
+import data
+import metrics
+import sampler
+import trainer
+from drawing import Drawing
 
 # Settings that are lengths: a longer or shorter run scales them all by one factor.
 LENGTHS = ("train.steps", "train.lr_warmup", "objective.double_kimg", "objective.warmup", "metrics.every")
@@ -99,10 +95,7 @@ def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes:
         "images": cfg.train.steps * cfg.train.batch_size,
         "minutes": round(curve(folder)[-1][1], 2),
         "command": f"python main.py --cfg {row['cfg']} {' '.join(overrides)}",
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "date": datetime.date.today().isoformat(),
-        "hardware": f"{processor()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        **machine(next(model.parameters()).device),
     }
 
 
@@ -147,27 +140,12 @@ def score(
     solver: str,
     kinds: list[str],
 ) -> dict:
-    num = range(cfg.metrics.num)
-    labels = sampler.draw_labels(cfg.run.seed, num, model.class_counts) if model.label_dim else None
-    batches = sampler.generate(model, cfg.run.seed, num, sigmas, solver, labels, guidance=cfg.sample.guidance)
-    images = torch.cat([data.to_uint8(x).cpu() for x in batches])
+    seed, num = cfg.run.seed, cfg.metrics.num
+    labels = sampler.draw_labels(seed, range(num), model.class_counts) if model.label_dim else None
+    images = Drawing(model, seed, num, sigmas, solver, labels, guidance=cfg.sample.guidance).draw(0, num)
     wanted = cfg.metrics.model_copy(update={"scores": kinds})
-    scores = metrics.score(images, dataset, wanted, cfg.data.dir, images.device)
+    scores = metrics.score(images, dataset, wanted, cfg.data.dir, next(model.parameters()).device)
     return {name: round(value, 4) for name, value in scores.items()}
-
-
-def processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
 
 
 def write_table(results: list[dict], path: Path) -> None:

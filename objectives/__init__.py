@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import losses
+from config import ConfigError
 from objectives.cd import ConsistencyDistillation
 from objectives.cmt import MidTraining
 from objectives.common import Output as Output
@@ -66,5 +67,11 @@ def build(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Module | None =
         case "cmt":
             return MidTraining(teacher, distance, o.steps, **levels)
         case "pd":
+            for name in ("precond", "c_noise"):  # the student will take the teacher's place
+                there, here = (getattr(m, name, None) for m in (teacher, model))
+                if there != here:
+                    raise ConfigError(
+                        f"network.{name}: is {here}, and objective.teacher's is {there}; pd needs the same"
+                    )
             return ProgressiveDistillation(teacher, steps, o.N, o.weighting, **levels, sigma_data=n.sigma_data)
     raise AssertionError(f"config.py let through objective.name {o.name!r}")

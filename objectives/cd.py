@@ -13,6 +13,8 @@ from sampler import guided
 class ConsistencyDistillation(ConsistencyTraining):
     """CT's loss with x_n from one step of the teacher's ODE from x_{n+1}, a fixed grid and a fixed target decay."""
 
+    scheduled = False
+
     def __init__(
         self,
         model: torch.nn.Module,  # the student; its copy becomes the target

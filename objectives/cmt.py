@@ -27,6 +27,7 @@ class MidTraining(torch.nn.Module):
         super().__init__()
         self.teacher = teacher.requires_grad_(False)
         self.distance, self.steps, self.sigma_min, self.sigma_max = distance, steps, sigma_min, sigma_max
+        self.unit = steps  # a pass holds whole trajectories
 
     def forward(
         self,

@@ -30,6 +30,8 @@ class ConsistencyTraining(torch.nn.Module):
     The target is a moving average of the student with decay mu(k); call `after_step` after every optimizer step.
     """
 
+    scheduled = True  # what a step computes depends on the run's length
+
     def __init__(
         self,
         model: torch.nn.Module,  # the student; its copy becomes the target

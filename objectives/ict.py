@@ -18,6 +18,8 @@ class ImprovedConsistencyTraining(torch.nn.Module):
     No EMA target: the target is the student itself, with the same dropout mask.
     """
 
+    scheduled = True  # what a step computes depends on the run's length
+
     def __init__(
         self,
         total_steps: int,  # K

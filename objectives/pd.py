@@ -18,6 +18,8 @@ class ProgressiveDistillation(torch.nn.Module):
     N falls from `N` to 1 by halves in equal parts of the run. Call `after_step` after every optimizer step.
     """
 
+    scheduled = True  # what a step computes depends on the run's length
+
     def __init__(
         self,
         teacher: torch.nn.Module,  # a denoiser; the student of each stage takes its place
@@ -79,4 +81,6 @@ class ProgressiveDistillation(torch.nn.Module):
     def after_step(self, model: torch.nn.Module, step: int) -> None:
         """At the end of a stage the student becomes the teacher."""
         if self.intervals(step + 1) != self.intervals(step):
-            torch._foreach_copy_(list(self.teacher.parameters()), list(model.parameters()))
+            own = self.teacher.state_dict()  # it may have an augmentation map, which without labels does nothing
+            for name, value in model.state_dict().items():
+                own[name].copy_(value)

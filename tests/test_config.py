@@ -84,6 +84,10 @@ def test_dump_reads_back(tmp_path):
         ("ema: {decay: [0.9], half_life_kimg: [1]}", "c.yml:1: ema.half_life_kimg: give either this or ema.decay"),
         ("sample: {guidance: 2.0}", "c.yml:1: sample.guidance: needs a network that knows the null label"),
         ("network: {label_dropout: 0.1}", "c.yml:1: network.label_dropout: there are no labels to drop"),
+        (
+            "metrics: {reference: x.npz, features: inception, scores: [fid, prc]}",
+            "c.yml:1: metrics.scores: metrics.reference has the statistics of a FID alone",
+        ),
     ],
 )
 def test_messages_name_file_line_key_and_the_nearest_right_name(text, expected, tmp_path):

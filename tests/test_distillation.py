@@ -1,6 +1,7 @@
 """CD, PD, sCM, TCM and CMT against the original numbers and their definitions."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import analytic, golden, relative_error, tiny
 from test_objectives import CT, per_sample
 
 import checkpoint
+import config
 import losses
 import networks
 import objectives
@@ -80,6 +82,44 @@ def test_pd_halves_its_grid_and_passes_the_student_on():
     assert objective.teacher.model.a.item() == 0.5
     objective.after_step(student, step=1)
     assert objective.teacher.model.a.item() == 0.25
+
+
+def test_pd_passes_on_to_a_teacher_that_was_trained_with_augmentation_labels():
+    """The teacher has a map of them, which a student without has not; its buffers too become the student's."""
+    settings = {"embedding_type": "fourier", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    cfg = config.parse({"network": {**settings, "attn_resolutions": []}}).network
+    shape = {"resolution": 8, "channels": 1, "label_dim": 0}
+    teacher, student = (networks.build(cfg, **shape, augment_dim=dim) for dim in (9, 0))
+    objective = ProgressiveDistillation(teacher, total_steps=4, N=2)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0])
+    student.train(False)
+    for value in student.parameters():
+        value.data += 0.1
+    assert not torch.allclose(objective.teacher(x, sigma), student(x, sigma), atol=1e-3)
+    objective.after_step(student, step=1)
+    assert torch.allclose(objective.teacher(x, sigma), student(x, sigma), atol=1e-6)
+
+
+def test_pd_refuses_a_teacher_in_another_clock(teachers, tmp_path):
+    settings = {"objective": {"name": "pd", "N": 4, "teacher": teachers}, "data": {"conditional": True}}
+    with pytest.raises(ConfigError, match=r"network\.precond: is trigflow, and objective\.teacher's is edm"):
+        trainer.Trainer(tiny(tmp_path, **settings, network={"precond": "trigflow"}))
+
+
+def test_cmt_takes_whole_trajectories_on_every_device(teachers, tmp_path, monkeypatch):
+    settings = {"objective": {"name": "cmt", "steps": 16, "teacher": teachers}, "data": {"conditional": True}}
+    trainer.Trainer(tiny(tmp_path, **settings))
+    monkeypatch.setattr(trainer, "place", lambda: (0, 2))
+    with pytest.raises(ConfigError, match=r"a pass of 8 images on each of 2 devices is no multiple of the 16"):
+        trainer.Trainer(tiny(tmp_path, **settings))
+
+
+def test_a_run_whose_teacher_has_moved_goes_on(teachers, tmp_path):
+    settings = {"objective": {"name": "cd", "N": 6, "teacher": teachers}, "data": {"conditional": True}}
+    trainer.train(tiny(tmp_path / "r", **settings))
+    settings["objective"]["teacher"] = str(shutil.copy(teachers, tmp_path / "moved.ckpt"))
+    trainer.train(tiny(tmp_path / "r", **settings, train={"steps": 8}), resume=True)
+    assert checkpoint.load(tmp_path / "r" / "checkpoints" / "last.ckpt")["step"] == 8
 
 
 class TrigStandIn(torch.nn.Module):

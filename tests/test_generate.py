@@ -14,6 +14,7 @@ from conftest import tiny
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import drawing
 import generate
 import metrics
 import trainer
@@ -99,6 +100,10 @@ def test_new_samples_never_replace_old_ones(run, tmp_path, capsys):
         (["--sigmas", "80,90"], "--sigmas: [80.0, 90.0] must descend"),
         (["--sigmas", "100"], "--sigmas: 100.0 is above network.sigma_max (80.0)"),
         (
+            ["--steps", "3", "sample.solver=heun"],
+            "--steps: this config samples by Heun's method; set sample.heun_steps",
+        ),
+        (
             ["network.model_channels=12"],
             "was trained with another network: network.model_channels is 8 there and 12 here",
         ),
@@ -149,7 +154,7 @@ def small_shards(monkeypatch):
 def test_a_stopped_run_goes_on(run, tmp_path, monkeypatch, capsys, small_shards, format):
     asked = ["--num", 50, "--format", format, "--seed", 5, "--batch", 8]
     assert call(run, *asked, "--out", tmp_path / "whole") == 0
-    write, draw, drawn = generate.write_shard, generate.Drawing.draw, []
+    write, draw, drawn = generate.write_shard, drawing.Drawing.draw, []
 
     def stop_in_the_second(images, labels, start, path):
         if start == 20:
@@ -165,7 +170,7 @@ def test_a_stopped_run_goes_on(run, tmp_path, monkeypatch, capsys, small_shards,
     assert "finish it first" in capsys.readouterr().err
 
     monkeypatch.setattr(
-        generate.Drawing, "draw", lambda self, start, stop: (drawn.append((start, stop)), draw(self, start, stop))[1]
+        drawing.Drawing, "draw", lambda self, start, stop: (drawn.append((start, stop)), draw(self, start, stop))[1]
     )
     assert call(run, *asked, "--out", tmp_path / "parts") == 0
     assert drawn == [(20, 40), (40, 50)]
@@ -321,7 +326,7 @@ def test_samples_of_another_size_get_no_score(run, tmp_path, capsys):
 def test_a_stream_reads_in_any_order_and_each_piece_once():
     images, reads = torch.arange(10, dtype=torch.uint8)[:, None, None, None], []
     parts = images.split([3, 4, 3])
-    stream = generate.Stream(lambda i: (reads.append(i), parts[i])[1], [3, 4, 3])
+    stream = drawing.Stream(lambda i: (reads.append(i), parts[i])[1], [3, 4, 3])
     assert len(stream) == 10
     assert stream.batch(torch.tensor([9, 0, 4, 4, 2, 7])).flatten().tolist() == [9, 0, 4, 4, 2, 7]
     assert reads == [0, 1, 2]

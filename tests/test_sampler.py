@@ -119,6 +119,13 @@ def test_plan_takes_heun_for_a_denoiser():
     assert sampler.plan(config.Config(), 1) == ([80.0], "multistep")
 
 
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_tcm_is_sampled_only_where_it_was_trained(steps):
+    cfg = config.parse({"objective": {"name": "tcm", "t_prime": 1.0, "teacher": "x.ckpt"}})
+    levels, _ = sampler.plan(cfg, steps)
+    assert len(levels) == steps and levels[0] == pytest.approx(80) and min(levels) >= 1.0
+
+
 def test_guidance_mixes_the_model_with_and_without_labels():
     model = small(label_dim=3)
     x, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 1.0]), torch.eye(3)[:2]

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoint
 import config
+import data
 import metrics
 import trainer
 from config import ConfigError
@@ -240,6 +241,56 @@ def test_a_full_disk_costs_no_checkpoint_and_no_training(tmp_path, monkeypatch, 
     assert checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 6
 
 
+@pytest.mark.parametrize("error", [ValueError("nothing to sort"), config.ConfigError("a broken image"), MemoryError()])
+def test_what_only_shows_the_run_may_fail(error, tmp_path, monkeypatch, capsys):
+    def fails(run):
+        raise error
+
+    monkeypatch.setattr(trainer.Trainer, "write_grid", fails)
+    trainer.train(tiny(tmp_path, sample={"every": 2}))
+    assert f"warning: step 2: fails failed ({str(error) or 'MemoryError'})" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 6
+
+
+def test_a_best_checkpoint_that_cannot_be_written_stops_where_the_config_says_so(tmp_path, monkeypatch):
+    def full(path, state):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_state", full)
+    monkeypatch.setattr(metrics, "score", lambda *args, **kwargs: {"fid": 1.0})
+    settings = {"metrics": {"every": 3, "num": 100, "features": "classifier"}, "train": {"on_save_error": "stop"}}
+    with pytest.raises(config.RunFailed, match="step 3: no checkpoint could be written"):
+        trainer.train(tiny(tmp_path, **settings, sample={"every": 0}))
+
+
+def test_a_signal_is_not_taken_for_a_broken_file(tmp_path):
+    """A stop while rank 0 scores must reach `aside`, whatever is caught between."""
+    run = trainer.Trainer(tiny(tmp_path))
+    run.log, went_on = trainer.RunLog(tmp_path, 0, 6, 16, shown=False), []
+
+    def work():
+        try:
+            run._on_signal(signal.SIGTERM, None)
+        except Exception:
+            went_on.append("took it for a broken image")
+
+    run.aside(work)
+    run.log.close()
+    assert run.stopping and not went_on
+
+
+def test_images_that_do_not_fit_on_the_device_stay_in_memory(tmp_path, monkeypatch, capsys):
+    def full(dataset, device):
+        raise torch.OutOfMemoryError("no memory")
+
+    trainer.train(tiny(tmp_path / "a"))
+    monkeypatch.setattr(data.Dataset, "to", full)
+    trainer.train(tiny(tmp_path / "b"))
+    assert "the images do not fit in cpu's memory" in capsys.readouterr().out
+    a, b = (checkpoint.load(tmp_path / r / "checkpoints" / "last.ckpt")["model"] for r in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     cfg = tiny(tmp_path / "r", train={"steps": 100_000, "save_every": 100_000})
     (tmp_path / "c.yml").write_text(config.dump(cfg))
@@ -286,6 +337,7 @@ def test_the_best_checkpoint_by_score_is_kept(tmp_path, monkeypatch):
     [
         ({"fid": 1.0}, {"fid": 2.0}, True),
         ({"isc": 1.0}, {"isc": 2.0}, False),
+        ({"w2": 1.0, "w2_of_data": 0.5}, {"w2": 2.0, "w2_of_data": 0.5}, True),
         ({"precision": 0.7, "recall": 0.1}, {"precision": 0.6, "recall": 0.9}, True),
         ({"fid": 1.0}, {"fid": float("nan")}, True),
         ({"fid": float("nan")}, {"fid": 2.0}, False),

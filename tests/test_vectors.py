@@ -430,6 +430,28 @@ def test_distillation_on_vectors_and_a_teacher_of_other_vectors(tmp_path):
         trainer.train(vector_run(tmp_path / "other", path, objective={"name": "cd", **teacher}))
 
 
+def test_sct_starts_from_the_denoiser_that_an_edm_run_left(tmp_path):
+    path = save(tmp_path, vectors=ACTIONS, conditions=STATES)
+    trainer.train(vector_run(tmp_path / "edm", path, objective={"name": "edm"}, train={"lr": 0.05}))
+    ckpt = str(tmp_path / "edm" / "checkpoints" / "last.ckpt")
+    there = checkpoint.load_model(ckpt)
+    settings = {"objective": {"name": "sct", "warmup": 4}, "network": {"precond": "trigflow"}}
+    here = trainer.Trainer(vector_run(tmp_path / "sct", path, **settings, train={"init_from": ckpt})).model.eval()
+    x, sigma, condition = torch.randn(3, 2), torch.tensor([0.1, 1.0, 80.0]), torch.randn(3, there.condition_dim)
+    given = [there(x, s, condition=condition) for s in (sigma, 2 * sigma)]
+    assert not torch.allclose(*given, atol=1e-3)
+    assert torch.allclose(given[0], here(x, sigma, condition=condition), atol=1e-5)
+
+
+def test_the_best_checkpoint_on_vectors_has_the_lowest_distance(tmp_path, monkeypatch):
+    distances = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(vectors, "score", lambda *rest: ({"w2": next(distances), "w2_of_data": 0.5}, 100))
+    path = save(tmp_path, vectors=ACTIONS, conditions=STATES)
+    trainer.train(vector_run(tmp_path / "r", path, metrics={"every": 2}))
+    best = checkpoint.load(tmp_path / "r" / "checkpoints" / "best.ckpt")
+    assert (best["step"], best["best"]["scores"]["w2"]) == (4, 1.0)
+
+
 def test_a_network_of_ones_own_needs_no_more_than_a_forward():
     class Own(torch.nn.Module):
         def __init__(self):

@@ -1,0 +1,104 @@
+"""What is to be sampled from a model, and its images: all at once, from a stop to the next, or as they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import data
+import networks
+import sampler
+
+
+@dataclass
+class Drawing:
+    """All that decides some samples, and how fast they were drawn."""
+
+    model: networks.Preconditioner
+    seed: int
+    num: int
+    sigmas: list[float]
+    solver: str
+    labels: torch.Tensor | None = None  # int64 (num,)
+    batch: int = 256
+    guidance: float | None = None
+    conditions: torch.Tensor | None = None  # float32 (num, K), of vectors
+    drawn: int = 0
+    seconds: float = 0.0
+
+    def draw(self, start: int, stop: int) -> torch.Tensor:
+        """Samples start..stop on the CPU: uint8 (N, C, H, W), or vectors, float32 (N, ...)."""
+        started = time.perf_counter()
+        labels = None if self.labels is None else self.labels[start:stop]
+        indices, conditions = range(start, stop), None if self.conditions is None else self.conditions[start:stop]
+        batches = sampler.generate(
+            self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch, self.guidance, conditions
+        )
+        images = torch.cat([(data.to_uint8(x) if self.model.scaling is None else x).cpu() for x in batches])
+        self.drawn, self.seconds = self.drawn + len(images), self.seconds + time.perf_counter() - started
+        return images
+
+    def stream(self) -> Stream:
+        """All samples, drawn when they are read."""
+        starts = range(0, self.num, self.batch)
+        sizes = [min(self.batch, self.num - start) for start in starts]
+        return Stream(lambda piece: self.draw(starts[piece], starts[piece] + sizes[piece]), sizes)
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the network per sample."""
+        return 2 * len(self.sigmas) - 1 if self.solver == "heun" else len(self.sigmas)
+
+    def speed(self) -> str:
+        """Samples a second, in words."""
+        return f"{self.drawn / self.seconds:,.0f} images/s" if self.drawn else "all were there already"
+
+    def manifest(self, format: str) -> dict[str, Any]:
+        """What tells these samples, kept in this format, from others."""
+        digest = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        given = self.labels if self.conditions is None else self.conditions
+        labels = None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()[:16]
+        return {
+            "weights": digest.hexdigest()[:16],
+            "seed": self.seed,
+            "num": self.num,
+            "sigmas": self.sigmas,
+            "solver": self.solver,
+            "labels": labels,
+            "guidance": self.guidance,
+            "format": format,
+        }
+
+
+class Stream:
+    """Images read piece by piece; one piece is in memory at a time. What metrics.py reads."""
+
+    def __init__(self, read: Callable[[int], torch.Tensor], sizes: list[int]):
+        """`read(i)` gives piece i, uint8 (sizes[i], C, H, W)."""
+        self.read, self.ends = read, torch.tensor(sizes).cumsum(0)
+        self.held: tuple[int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W) for int64 (B,) indices, in any order."""
+        order = indices.argsort(stable=True)  # each piece is read once
+        pieces = torch.bucketize(indices[order], self.ends, right=True)
+        rows = indices[order] - torch.cat([self.ends.new_zeros(1), self.ends])[pieces]
+        parts = [self.piece(i)[rows[pieces == i]] for i in pieces.unique().tolist()]
+        return torch.cat(parts)[order.argsort()]
+
+    def piece(self, i: int) -> torch.Tensor:
+        """Piece i, uint8 (n, C, H, W); the last one read is kept."""
+        if self.held is None or self.held[0] != i:
+            self.held = None  # before the next is read: never two
+            self.held = (i, self.read(i))
+        return self.held[1]
