@@ -258,7 +258,10 @@ def test_a_best_checkpoint_that_cannot_be_written_stops_where_the_config_says_so
 
     monkeypatch.setattr(checkpoint, "write_state", full)
     monkeypatch.setattr(metrics, "score", lambda *args, **kwargs: {"fid": 1.0})
-    settings = {"metrics": {"every": 3, "num": 100, "features": "classifier"}, "train": {"on_save_error": "stop"}}
+    settings = {
+        "metrics": {"every": 3, "num": 100, "features": "classifier"},
+        "train": {"on_save_error": "stop", "save_every": 9},
+    }
     with pytest.raises(config.RunFailed, match="step 3: no checkpoint could be written"):
         trainer.train(tiny(tmp_path, **settings, sample={"every": 0}))
 
