@@ -126,22 +126,23 @@ def our_ct(c_noise: str) -> Callable[[Path, int], Method]:
 
 
 class OnSigma(torch.nn.Module):
-    """The raw network as a function of (x, sigma), which that code calls without scaling x."""
+    """The raw network as a function of (x, sigma), which that code calls without scaling x; scaled: with EDM's c_in."""
 
-    def __init__(self, net: torch.nn.Module):
+    def __init__(self, net: torch.nn.Module, scaled: bool):
         super().__init__()
-        self.net = net
+        self.net, self.scaled = net, scaled
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return self.net(x, sigma.log() / 4)
+        c_in = (sigma**2 + SIGMA_DATA**2).rsqrt().reshape(-1, 1, 1, 1) if self.scaled else 1.0
+        return self.net(c_in * x, sigma.log() / 4)
 
 
-def kinyugo(name: str) -> Callable[[Path, int], Method]:
+def kinyugo(name: str, scaled: bool = False) -> Callable[[Path, int], Method]:
     def build(folder: Path, steps: int) -> Method:
         with imported(folder / "kinyugo"):
             code = importlib.import_module("consistency_models.consistency_models")
             update = importlib.import_module("consistency_models.utils").update_ema_model_
-        net = OnSigma(denoiser().model)
+        net = OnSigma(denoiser().model, scaled)
         target = copy.deepcopy(net).requires_grad_(False)
         if name == "ct":
             train, counts = code.ConsistencyTraining(initial_timesteps=S0, final_timesteps=S1), [S0]
@@ -260,6 +261,8 @@ PAIRS = {
     "ct-openai": (our_ct("log250"), openai_ct),
     "ct-kinyugo": (our_ct("log"), kinyugo("ct")),
     "ict-kinyugo": (our_ict, kinyugo("ict")),
+    "ct-kinyugo-scaled": (our_ct("log"), kinyugo("ct", scaled=True)),
+    "ict-kinyugo-scaled": (our_ict, kinyugo("ict", scaled=True)),
     "ect-locuslab": (our_ect, original_ect),
     "sct-scm-mnist": (our_sct, scm_mnist),
 }
