@@ -369,6 +369,21 @@ MUTANTS = [
         "every stage distils the first teacher", "distillation",
     ),
     Mutant(
+        "pd-passes-on-parameters-only", "objectives/pd.py",
+        "for name, value in model.state_dict().items():", "for name, value in model.named_parameters():",
+        "the teacher keeps its own Fourier frequencies: here, until a review", "distillation:augmentation_labels",
+    ),
+    Mutant(
+        "trigflow-from-edm-mlp-without-its-sign", "checkpoint.py",
+        "_aux_conv|out_conv|last)", "_aux_conv|out_conv)",
+        "a mirrored denoiser on vectors: here, until a review", "vectors:sct_starts",
+    ),
+    Mutant(
+        "tcm-sampled-below-its-boundary", "sampler.py",
+        'return getattr(cfg.objective, "t_prime", cfg.network.sigma_min)', "return cfg.network.sigma_min",
+        "levels that only the frozen first stage knows: here, until a review", "sampler:tcm",
+    ),
+    Mutant(
         "trigflow-from-edm-without-its-sign", "checkpoint.py",
         "weights[name] = -weights[name]", "weights[name] = weights[name]",
         "an EDM teacher's weights in TrigFlow's clock", "distillation:runs_from_a_teacher and scd",
