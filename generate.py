@@ -331,10 +331,10 @@ def chosen_levels(args: argparse.Namespace, cfg: Config, steps: int | None = Non
     import search
     from devices import place
 
-    planned, solver = sampler.plan(cfg, steps or args.steps or 1)
+    steps = steps or args.steps or 1
+    planned, solver = sampler.plan(cfg, steps)
     if solver == "heun" and args.steps:
         raise ConfigError("--steps: this config samples by Heun's method; set sample.heun_steps, or give --sigmas")
-    steps = steps or args.steps or 1
     top = cfg.network.sigma_max
     if args.sigmas is None:
         found = search.found(search.store(args.ckpt), steps, top) if solver != "heun" and steps > 1 else None

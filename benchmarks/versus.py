@@ -29,20 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import checkpoint  # noqa: E402
-import config  # noqa: E402
-import data  # noqa: E402
-import losses  # noqa: E402
-import metrics  # noqa: E402
-import networks  # noqa: E402
-import objectives  # noqa: E402
-import trainer  # noqa: E402
-from draws import key, sample_noise  # noqa: E402
-from ema import EMA  # noqa: E402
+import checkpoint
+import config
+import data
+import losses
+import metrics
+import networks
+import objectives
+import trainer
+from draws import key, sample_noise
+from ema import EMA
 
 BATCH, SIGMA_MAX, SIGMA_DATA = 64, 80.0, 0.5
 SHAPE = {"resolution": 8, "channels": 1, "label_dim": 0, "augment_dim": 0}

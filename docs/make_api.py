@@ -18,17 +18,8 @@ FILES = [
     *("objectives/tcm.py", "objectives/scm.py", "objectives/cd.py", "objectives/cmt.py", "objectives/pd.py"),
     *("objectives/__init__.py", "losses.py", "schedules.py", "sampler.py", "editing.py", "ema.py", "draws.py"),
     *("networks/preconditioning.py", "networks/mlp.py", "networks/unet.py", "networks/__init__.py"),
-    *(
-        "vectors.py",
-        "drawing.py",
-        "data.py",
-        "augment.py",
-        "metrics.py",
-        "checkpoint.py",
-        "formats.py",
-        "config.py",
-        "trainer.py",
-    ),
+    *("vectors.py", "drawing.py", "data.py", "augment.py", "metrics.py", "checkpoint.py", "formats.py", "config.py"),
+    "trainer.py",
 ]
 HEAD = """# API
 
