@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import vectors
 from config import ConfigError
-from draws import key
+from objectives.draws import key
+from sources import vectors
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from editing import Constraint
     from networks import Preconditioner
+    from sampling.editing import Constraint
 
 TASKS = {  # name -> (what it does, results, evaluations of each)
     "inpaint": ("fill in what --mask covers", 4, 40),
@@ -140,16 +140,16 @@ def run(args: argparse.Namespace, cfg: Config) -> int:
     """Edit as the command asks; its exit code."""
     import torch  # after the arguments and the config are known to be right: a typo is answered at once
 
-    import checkpoint
+    import checkpoints
     import data
-    import pictures
-    from devices import pick_device
+    from metrics import pictures
+    from training.devices import pick_device
 
     paths = input_files(args)
     device = pick_device(cfg.run.device)
-    state = checkpoint.load(args.ckpt)
-    check_network(cfg, checkpoint.config_of(state, args.ckpt), args.ckpt)
-    model = checkpoint.model_from(state, args.ckpt, args.ema).to(device)
+    state = checkpoints.load(args.ckpt)
+    check_network(cfg, checkpoints.config_of(state, args.ckpt), args.ckpt)
+    model = checkpoints.model_from(state, args.ckpt, args.ema).to(device)
     check_model(args, model)
     num = args.num or TASKS[args.task][1]
     classes = chosen_classes(args, num, model)
@@ -222,8 +222,8 @@ def chosen_classes(args: argparse.Namespace, num: int, model: Preconditioner) ->
 def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: Path) -> Problem:
     """Read one input, bring it to the model's size and channels, and settle what an edit may see of it."""
     import data
-    import editing
-    from draws import sample_noise
+    from objectives.draws import sample_noise
+    from sampling import editing
 
     resolution, factor = model.img_resolution, args.factor or 1
     small = args.task == "superres" and min(picture(path, "--input").size) < resolution
@@ -252,11 +252,10 @@ def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: 
 
 def noise_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: Path) -> list[float]:
     """Descending, one for each evaluation: --sigmas, or even steps down the Karras grid from where the task starts."""
-    import editing
-    import sampler
-    from schedules import karras_sigmas
+    from sampler import karras_sigmas
+    from sampling import editing, plan
 
-    low, high = sampler.lowest_level(cfg), cfg.network.sigma_max
+    low, high = plan.lowest_level(cfg), cfg.network.sigma_max
     if args.sigmas is not None:
         return chosen_levels(args, cfg)[0]
     if args.sigma is not None:
@@ -286,8 +285,8 @@ def solve(
     """The results (num, C, R, R), float32 in [-1, 1]. Result i of a seed has the same noise whatever the input."""
     import torch
 
-    import editing
-    from draws import sample_noise
+    from objectives.draws import sample_noise
+    from sampling import editing
 
     first = problems[0]
     device, shape = first.x.device, first.x.shape[1:]

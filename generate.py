@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is imported after the arguments and the config are kn
     import torch
 
     from data import Dataset
-    from drawing import Drawing
+    from sampling.drawing import Drawing
 
 SHARD = 1000  # samples written at a time: a folder of PNG files or an npz
 GRID = 400  # most samples in a grid
@@ -156,14 +156,14 @@ def run(args: argparse.Namespace, cfg: Config) -> int:
     """Do what the command asks on its devices; its exit code."""
     import torch.distributed as dist
 
-    import devices
-    import metrics
+    from metrics import scores
+    from training import devices
 
     devices.start_ranks()
     device = devices.pick_device(cfg.run.device)
     try:
         return judge_given(args, cfg, device) if args.samples else run_checkpoint(args, cfg, device)
-    except metrics.ScoreError as error:
+    except scores.ScoreError as error:
         print(f"no score: {error}", file=sys.stderr)
         return 1
     finally:
@@ -173,14 +173,14 @@ def run(args: argparse.Namespace, cfg: Config) -> int:
 
 def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) -> int:
     """What the command asks for, with samples of a checkpoint."""
-    import checkpoint
-    import search
-    from devices import place
-    from drawing import Drawing
+    import checkpoints
+    from sampling import search
+    from sampling.drawing import Drawing
+    from training.devices import place
 
-    state = checkpoint.load(args.ckpt)
-    check_network(cfg, checkpoint.config_of(state, args.ckpt), args.ckpt)
-    model = checkpoint.model_from(state, args.ckpt, args.ema).to(device)
+    state = checkpoints.load(args.ckpt)
+    check_network(cfg, checkpoints.config_of(state, args.ckpt), args.ckpt)
+    model = checkpoints.model_from(state, args.ckpt, args.ema).to(device)
     if model.scaling is not None:
         return sample_vectors(args, cfg, model)
     if args.conditions is not None:
@@ -218,9 +218,9 @@ def sample_vectors(args: argparse.Namespace, cfg: Config, model: Any) -> int:
     import torch
 
     import data
-    import vectors
-    from devices import place
-    from drawing import Drawing
+    from sampling.drawing import Drawing
+    from sources import vectors
+    from training.devices import place
 
     for name in ("nearest", "search_sigmas", "sweep", "class_index"):
         if getattr(args, name) not in (None, False):
@@ -260,7 +260,7 @@ def sample_vectors(args: argparse.Namespace, cfg: Config, model: Any) -> int:
 
 def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> int:
     """Score images made elsewhere, by the same code. One rank does it."""
-    from devices import place
+    from training.devices import place
 
     if place()[0] > 0:
         return 0
@@ -283,11 +283,11 @@ def judge(
     title: str,
 ) -> None:
     """Print the scores and the copies among `images`, as the command asks."""
-    import metrics
+    from metrics import scores
 
     if args.calc_fid:
-        scores = metrics.score(images, dataset, cfg.metrics, cfg.data.dir, device)
-        print(f"{title}: {metrics.describe(scores, cfg.metrics, len(images))}")
+        scores = scores.score(images, dataset, cfg.metrics, cfg.data.dir, device)
+        print(f"{title}: {scores.describe(scores, cfg.metrics, len(images))}")
     if args.nearest:
         show_nearest(images, dataset, device, out / "nearest.png")
 
@@ -296,16 +296,15 @@ def show_nearest(images: Any, dataset: Dataset, device: torch.device, path: Path
     """Draw the samples that are nearest to a training image beside the five nearest, and say how many are copies."""
     import torch
 
-    import metrics
-    import pictures
+    from metrics import pictures, scores
 
-    metrics.check_samples(images, dataset)
-    distances, indices = metrics.nearest(images, dataset, 5, device)
-    limit = metrics.copy_threshold(dataset, device)
+    scores.check_samples(images, dataset)
+    distances, indices = scores.nearest(images, dataset, 5, device)
+    limit = scores.copy_threshold(dataset, device)
     copies = distances[:, 0] <= limit
     order = distances[:, 0].argsort(stable=True)[:shown]
-    neighbours = torch.stack([metrics.fetch(dataset, column) for column in indices[order].unbind(1)], 1)
-    pictures.write_png(pictures.beside(metrics.fetch(images, order), neighbours, copies[order]), path)
+    neighbours = torch.stack([scores.fetch(dataset, column) for column in indices[order].unbind(1)], 1)
+    pictures.write_png(pictures.beside(scores.fetch(images, order), neighbours, copies[order]), path)
     print(
         f"copies: {int(copies.sum()):,} of {len(images):,} samples ({float(copies.float().mean()):.1%}) are within "
         f"{limit:.4g} of a training image (root mean square difference of pixels in [0, 1]); 1% of the training images "
@@ -327,12 +326,11 @@ def check_network(cfg: Config, trained: Config, path: str) -> None:
 
 def chosen_levels(args: argparse.Namespace, cfg: Config, steps: int | None = None) -> tuple[list[float], str]:
     """(noise levels, solver) for `steps` or --steps: --sigmas, else what --search-sigmas found, else the config's."""
-    import sampler
-    import search
-    from devices import place
+    from sampling import plan, search
+    from training.devices import place
 
     steps = steps or args.steps or 1
-    planned, solver = sampler.plan(cfg, steps)
+    planned, solver = plan.plan(cfg, steps)
     if solver == "heun" and args.steps:
         raise ConfigError("--steps: this config samples by Heun's method; set sample.heun_steps, or give --sigmas")
     top = cfg.network.sigma_max
@@ -354,10 +352,10 @@ def chosen_labels(args: argparse.Namespace, num: int, model: Any) -> torch.Tenso
     """int64 (num,) classes: the one asked for, or drawn as often as in the training set; None without labels."""
     import torch
 
-    import sampler
+    from sampling import plan
 
     if args.class_index is None:
-        return sampler.draw_labels(args.seed, range(num), model.class_counts) if model.label_dim else None
+        return plan.draw_labels(args.seed, range(num), model.class_counts) if model.label_dim else None
     if not model.label_dim:
         raise ConfigError("--class: this network was trained without labels; train one with data.conditional: true")
     if args.class_index >= model.label_dim:
@@ -391,9 +389,9 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config) -> tuple[Any, 
     import numpy as np
     import torch
 
-    import pictures
-    from devices import place, wait_for_all
-    from metrics import fetch
+    from metrics import pictures
+    from metrics.scores import fetch
+    from training.devices import place, wait_for_all
 
     rank, world = place()
     format = args.format or ("npz" if args.calc_fid or drawing.num > GRID else "grid")
@@ -421,14 +419,14 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config) -> tuple[Any, 
 
 def agreed(make: Callable[[], Any]) -> Any:
     """What make() gives on rank 0, on every rank."""
-    from devices import from_rank_0, place
+    from training.devices import from_rank_0, place
 
     return from_rank_0(make() if place()[0] == 0 else None)
 
 
 def start_folder(drawing: Drawing, args: argparse.Namespace, cfg: Config, format: str) -> tuple[Path, list[int]]:
     """The folder for the samples, and the first index of every shard that it lacks."""
-    from checkpoint import write_atomically
+    from checkpoints.state import write_atomically
 
     if format == "grid":
         return new_folder(args, cfg), []
@@ -449,14 +447,14 @@ def start_folder(drawing: Drawing, args: argparse.Namespace, cfg: Config, format
 
 def new_folder(args: argparse.Namespace, cfg: Config) -> Path:
     """A folder that holds nothing yet: --out, or the next free name in the run folder."""
-    import checkpoint
+    import checkpoints
 
     if args.out:
         out = Path(args.out)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"--out: {out} already holds something; name another folder")
     else:
-        checkpoint.refuse_links(cfg.run.folder)
+        checkpoints.refuse_links(cfg.run.folder)
         number = 0
         while (out := cfg.run.folder / "generated" / f"{number:03d}").exists():
             number += 1
@@ -482,9 +480,9 @@ def write_shard(images: torch.Tensor, labels: torch.Tensor | None, start: int, p
     """Write uint8 images (N, C, H, W) as an npz or a folder of PNG files, or vectors as an npz; whole or not at all."""
     import numpy as np
 
-    import pictures
-    import vectors
-    from checkpoint import write_atomically
+    from checkpoints.state import write_atomically
+    from metrics import pictures
+    from sources import vectors
 
     if images.is_floating_point():
         write_atomically(path, lambda file: vectors.write(images, labels, file))
@@ -519,7 +517,7 @@ def read_images(path: Path, cfg: Config, channels: int | None) -> Any:
     channels: to bring them to (grey images are often saved as RGB). Raises ConfigError.
     """
     import data
-    from drawing import Stream
+    from sampling.drawing import Stream
 
     if (path / "manifest.json").exists():
         manifest = read_manifest(path)

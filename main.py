@@ -18,8 +18,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         cfg = config.load(args.cfg, args.overrides)
-        import devices  # torch is imported only for a config that is right: a typo is answered at once
-        import trainer
+        from training import (
+            devices,  # torch is imported only for a config that is right: a typo is answered at once
+            trainer,
+        )
 
         devices.start_ranks()
         trainer.train(cfg, args.resume)

@@ -11,12 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from config import Config
-from draws import key, sample_noise
-from schedules import karras_sigmas
-
 Model = Callable[..., torch.Tensor]
 NoiseAt = Callable[[int], torch.Tensor]
+
+
+def karras_sigmas(
+    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """n noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho): float64 (n,).
+
+    2206.00364 eq. 5. n >= 2.
+    """
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64, device=device)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
 
 
 def multistep(
@@ -82,13 +90,6 @@ def _level(sigma: float, z: torch.Tensor) -> torch.Tensor:
     return torch.full((len(z),), float(sigma), dtype=z.dtype, device=z.device)
 
 
-def draw_labels(seed: int, indices: Sequence[int], class_counts: Sequence[int]) -> torch.Tensor:
-    """Class of each sample, int64 (len(indices),), as often as in the training set; depends on (seed, index) alone."""
-    shares = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
-    uniform = [key(seed, "label", int(i)) / 2**63 for i in indices]
-    return torch.searchsorted(shares, torch.tensor(uniform, dtype=torch.float64) * shares[-1], right=True)
-
-
 def levels(
     steps: int,
     sigma_max: float = 80.0,
@@ -107,19 +108,6 @@ def levels(
     if steps == 2 and sigma_min < 0.821 < sigma_max:
         return [sigma_max, 0.821]
     return karras_sigmas(steps + 1, sigma_min, sigma_max)[:-1].tolist()
-
-
-def lowest_level(cfg: Config) -> float:
-    """The lowest noise level that the network is trained for: sigma_min, or TCM's t'."""
-    return getattr(cfg.objective, "t_prime", cfg.network.sigma_min)
-
-
-def plan(cfg: Config, steps: int = 1) -> tuple[list[float], str]:
-    """(noise levels, solver) that a config samples by: `steps` evaluations, or Heun's for a diffusion model."""
-    low, high, s = lowest_level(cfg), cfg.network.sigma_max, cfg.sample
-    if s.solver == "heun" or (s.solver == "auto" and cfg.objective.name in ("edm", "trigflow")):
-        return karras_sigmas(s.heun_steps, low, high).tolist(), "heun"
-    return levels(steps, high, low, s.sigmas), "multistep"
 
 
 def search_levels(
@@ -182,42 +170,3 @@ def guided(model: Model, w: float | None) -> Model:
         return D_null + w * (D - D_null)
 
     return denoiser
-
-
-@torch.no_grad()
-def generate(
-    model: torch.nn.Module,  # networks.Preconditioner, in eval mode
-    seed: int,
-    indices: Sequence[int],  # which samples of this seed
-    sigmas: Sequence[float],  # noise levels, descending; see multistep and heun
-    solver: str = "multistep",  # or "heun"
-    labels: torch.Tensor | None = None,  # int64 (len(indices),), the class of each, for a conditional model
-    batch_size: int = 256,
-    guidance: float | None = None,  # see guided
-    conditions: torch.Tensor | None = None,  # float32 (len(indices), K), in their own units, for vectors
-) -> Iterator[torch.Tensor]:
-    """Batches of samples (B, C, H, W), float32 in [-1, 1], or vectors (B, ...) in their own units, by `indices`' order.
-
-    Sample i of a seed starts from the same noise, whatever batch, device or process it is drawn in.
-    """
-    device = next(model.parameters()).device
-    denoiser = guided(model, guidance)
-    shape, scaling = model.shape, model.scaling
-    for start in range(0, len(indices), batch_size):
-        own = indices[start : start + batch_size]
-        z = sample_noise(seed, own, shape).to(device)
-        given = {}
-        if labels is not None:
-            classes = labels[start : start + batch_size]
-            given["class_labels"] = torch.nn.functional.one_hot(classes, model.label_dim).to(device, z.dtype)
-        if conditions is not None:
-            given["condition"] = scaling.condition(conditions[start : start + batch_size].to(device))
-        if solver == "heun":
-            x = heun(denoiser, z, sigmas, **given)
-        else:
-
-            def noise_at(i: int, own: Sequence[int] = own) -> torch.Tensor:
-                return sample_noise(seed, own, shape, f"step {i}").to(device)
-
-            x = multistep(denoiser, z, sigmas, noise_at, model.sigma_min, **given)
-        yield x.clamp(-1, 1) if scaling is None else scaling.restore(x)

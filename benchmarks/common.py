@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
+import checkpoints  # noqa: E402
 import data  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -54,7 +54,7 @@ def cpu_name() -> str:
 
 
 def save(result: Any, path: Path) -> None:
-    checkpoint.write_atomically(path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+    checkpoints.write_atomically(path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
     print(f"written: {path}")
 
 

@@ -25,9 +25,9 @@ from torch import nn
 
 import config
 import networks
-import trainer
-from draws import Draws
+from objectives.draws import Draws
 from objectives.ect import EasyConsistencyTuning
+from training import trainer
 
 Step = Callable[[], None]
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402
 import networks  # noqa: E402
-from augment import AUGMENT_DIM  # noqa: E402
+from sources.augment import AUGMENT_DIM  # noqa: E402
 
 # Forward passes that a step costs per image; a backward pass counts as two, a forward-mode derivative as one more.
 PASSES = {

@@ -16,13 +16,13 @@ import torch
 import yaml
 from common import ROOT, machine
 
-import checkpoint
+import checkpoints
 import config
 import data
-import metrics
-import sampler
-import trainer
-from drawing import Drawing
+from metrics import scores
+from sampling import plan
+from sampling.drawing import Drawing
+from training import trainer
 
 # Settings that are lengths: a longer or shorter run scales them all by one factor.
 LENGTHS = ("train.steps", "train.lr_warmup", "objective.double_kimg", "objective.warmup", "metrics.every")
@@ -53,7 +53,7 @@ def main() -> int:
                 measured = measure(row, seed, args.out, args.images, args.minutes)
                 done = json.loads(results.read_text()) if results.exists() else []
                 text = json.dumps([*done, measured], indent=1).encode()
-                checkpoint.write_atomically(results, lambda file, text=text: file.write(text))
+                checkpoints.write_atomically(results, lambda file, text=text: file.write(text))
                 print(json.dumps(measured), flush=True)
     done = json.loads(results.read_text())
     write_table(done, args.out / "table.md")
@@ -73,14 +73,14 @@ def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes:
     overrides += budget(row["cfg"], overrides, folder, images, minutes)
     cfg = config.load(ROOT / row["cfg"], overrides)
     trainer.train(cfg, resume=(folder / "config.yml").exists())
-    state = checkpoint.load(folder / "checkpoints" / "last.ckpt")
+    state = checkpoints.load(folder / "checkpoints" / "last.ckpt")
     if state["step"] < cfg.train.steps:
         sys.exit("stopped; the same command goes on")
-    model = checkpoint.model_from(state, folder).to(trainer.pick_device(cfg.run.device))
+    model = checkpoints.model_from(state, folder).to(trainer.pick_device(cfg.run.device))
     dataset = data.load(cfg.data)
     scores = {}
     for steps in (1, 2):
-        sigmas, solver = sampler.plan(cfg, steps)
+        sigmas, solver = plan.plan(cfg, steps)
         name = f"heun-{len(sigmas)}" if solver == "heun" else f"{steps}-step"
         if name not in scores:
             kinds = cfg.metrics.scores if scores else ["fid", "prc"]  # precision and recall take minutes: once a row
@@ -90,7 +90,7 @@ def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes:
         "seed": seed,
         "starts_from": row.get("teacher") or row.get("init_from"),
         "scores": scores,
-        "features": metrics.features_name(cfg.metrics),
+        "features": scores.features_name(cfg.metrics),
         "samples": cfg.metrics.num,
         "images": cfg.train.steps * cfg.train.batch_size,
         "minutes": round(curve(folder)[-1][1], 2),
@@ -141,11 +141,11 @@ def score(
     kinds: list[str],
 ) -> dict:
     seed, num = cfg.run.seed, cfg.metrics.num
-    labels = sampler.draw_labels(seed, range(num), model.class_counts) if model.label_dim else None
+    labels = plan.draw_labels(seed, range(num), model.class_counts) if model.label_dim else None
     images = Drawing(model, seed, num, sigmas, solver, labels, guidance=cfg.sample.guidance).draw(0, num)
     wanted = cfg.metrics.model_copy(update={"scores": kinds})
-    scores = metrics.score(images, dataset, wanted, cfg.data.dir, next(model.parameters()).device)
-    return {name: round(value, 4) for name, value in scores.items()}
+    found = scores.score(images, dataset, wanted, cfg.data.dir, next(model.parameters()).device)
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def write_table(results: list[dict], path: Path) -> None:

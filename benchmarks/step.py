@@ -20,8 +20,8 @@ from common import Split, flops, machine, matmul_peak, peak_memory, random_image
 
 import config
 import networks
-import sampler
-import trainer
+from sampling import drawing
+from training import trainer
 
 SECTIONS = ("data", "student forward", "target forward", "backward", "optimizer", "EMA", "logging", "rest")
 NOT_THE_MODEL = ("data", "optimizer", "EMA", "logging")
@@ -150,7 +150,7 @@ def sample(run: trainer.Trainer, autocast: torch.dtype | None, peak: float) -> d
     model.autocast = autocast
 
     def draw() -> None:
-        list(sampler.generate(model, 0, range(count), [run.cfg.network.sigma_max], labels=labels, batch_size=count))
+        list(drawing.generate(model, 0, range(count), [run.cfg.network.sigma_max], labels=labels, batch_size=count))
 
     operations = flops(draw)
     took = statistics.median(seconds(draw, run.device) for _ in range(3))

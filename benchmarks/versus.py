@@ -31,16 +31,16 @@ from typing import Any
 import torch
 from common import ROOT
 
-import checkpoint
+import checkpoints
 import config
 import data
-import losses
-import metrics
 import networks
 import objectives
-import trainer
-from draws import key, sample_noise
 from ema import EMA
+from metrics import scores
+from objectives import losses
+from objectives.draws import key, sample_noise
+from training import trainer
 
 BATCH, SIGMA_MAX, SIGMA_DATA = 64, 80.0, 0.5
 SHAPE = {"resolution": 8, "channels": 1, "label_dim": 0, "augment_dim": 0}
@@ -291,7 +291,7 @@ def run(method: Method, lr: float, steps: int, seed: int, cfg: config.Config) ->
         parts = torch.arange(cfg.metrics.num).split(500)
         noise = (sample_noise(key(seed, "samples"), part.tolist(), (1, 8, 8)) for part in parts)
         images = torch.cat([data.to_uint8(method.sample(average.module, z)) for z in noise])
-    return metrics.score(images, dataset, cfg.metrics, cfg.data.dir, "cpu")["fid"], seconds
+    return scores.score(images, dataset, cfg.metrics, cfg.data.dir, "cpu")["fid"], seconds
 
 
 @contextmanager
@@ -340,7 +340,7 @@ def main() -> int:
         fid, seconds = run(PAIRS[pair][side](args.folder, args.steps), lr, args.steps, seed, cfg)
         rows.append({**row, "fid": round(fid, 4), "seconds": round(seconds, 1), "torch": torch.__version__})
         text = json.dumps(rows, indent=1).encode()
-        checkpoint.write_atomically(args.out, lambda file, text=text: file.write(text))
+        checkpoints.write_atomically(args.out, lambda file, text=text: file.write(text))
         print(json.dumps(rows[-1]), flush=True)
     print("| pair | ours: by seed | theirs: by seed | ratio of means |\n| --- | --- | --- | --- |")
     for pair in args.only:

@@ -23,16 +23,16 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import losses  # noqa: E402
 import sampler  # noqa: E402
 from ema import EMA  # noqa: E402
 from networks import Preconditioner  # noqa: E402
+from objectives import losses  # noqa: E402
 from objectives.ct import ConsistencyTraining  # noqa: E402
 from objectives.ect import EasyConsistencyTuning  # noqa: E402
 from objectives.ict import ImprovedConsistencyTraining  # noqa: E402
 from objectives.scm import ContinuousConsistency  # noqa: E402
-from schedules import karras_sigmas  # noqa: E402
-from vectors import wasserstein  # noqa: E402
+from sampler import karras_sigmas  # noqa: E402
+from sources.vectors import wasserstein  # noqa: E402
 
 SD, TOP, BATCH = 0.5, 10.0, 512  # in noise of 10, points of 0.5 are gone; every level above is one more to learn
 SHOWN = 3000  # points of a panel

@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
+import checkpoints  # noqa: E402
 import networks  # noqa: E402
 import sampler  # noqa: E402
 
@@ -137,7 +137,7 @@ def record(task: str, path: Path, count: int) -> None:
 
 def consistency_policy(path: Path, sigmas: list[float]) -> Act:
     """The policy in a checkpoint: actions drawn in len(sigmas) evaluations of the network."""
-    model, generator = checkpoint.load_model(path), torch.Generator().manual_seed(0)
+    model, generator = checkpoints.load_model(path), torch.Generator().manual_seed(0)
 
     @torch.inference_mode()
     def act(obs: np.ndarray) -> np.ndarray:
@@ -204,8 +204,8 @@ def compare(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     settings += ["--resume"] if run.exists() else []
     subprocess.run([sys.executable, str(ROOT / "main.py"), "--cfg", str(config), *settings], check=True)
     ckpt = run / "checkpoints" / "last.ckpt"
-    model = checkpoint.load_model(ckpt)
-    steps = checkpoint.load(ckpt)["step"]
+    model = checkpoints.load_model(ckpt)
+    steps = checkpoints.load(ckpt)["step"]
     top = model.sigma_max
     policies = {
         "expert": expert,

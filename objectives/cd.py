@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from losses import Distance
 from objectives.common import like
 from objectives.ct import ConsistencyTraining
+from objectives.losses import Distance
 from sampler import guided
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from draws import Draws
-from losses import Distance
 from objectives.common import Model, Output, by_level
+from objectives.draws import Draws
+from objectives.losses import Distance
 from sampler import dpm_solver_trajectory
 
 

@@ -6,10 +6,11 @@ import copy
 
 import torch
 
-from draws import Draws
-from losses import Distance
 from objectives.common import Model, Output, by_level, like, replayed, rng_state
-from schedules import ct_levels, ct_target_decay, karras_sigmas
+from objectives.draws import Draws
+from objectives.losses import Distance
+from objectives.schedules import ct_levels, ct_target_decay
+from sampler import karras_sigmas
 
 
 def snr_weight(name: str, sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from draws import Draws
-from losses import pseudo_huber
 from objectives.common import Model, Output, by_level, like, replayed, rng_state
-from schedules import ect_r
+from objectives.draws import Draws
+from objectives.losses import pseudo_huber
+from objectives.schedules import ect_r
 
 
 class EasyConsistencyTuning(torch.nn.Module):

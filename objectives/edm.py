@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from draws import Draws
-from losses import l2
 from objectives.common import Model, Output, by_level, like
+from objectives.draws import Draws
+from objectives.losses import l2
 
 
 class EDM(torch.nn.Module):

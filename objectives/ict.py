@@ -6,10 +6,11 @@ import functools
 
 import torch
 
-from draws import Draws
-from losses import Distance, pseudo_huber
 from objectives.common import Model, Output, by_level, like, replayed, rng_state
-from schedules import ict_index_probabilities, ict_levels, karras_sigmas
+from objectives.draws import Draws
+from objectives.losses import Distance, pseudo_huber
+from objectives.schedules import ict_index_probabilities, ict_levels
+from sampler import karras_sigmas
 
 
 class ImprovedConsistencyTraining(torch.nn.Module):

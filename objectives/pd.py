@@ -6,10 +6,10 @@ import copy
 
 import torch
 
-from draws import Draws
-from losses import l2
 from objectives.common import Model, Output, by_level, like
 from objectives.ct import snr_weight
+from objectives.draws import Draws
+from objectives.losses import l2
 
 
 class ProgressiveDistillation(torch.nn.Module):

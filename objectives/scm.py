@@ -7,9 +7,9 @@ import warnings
 
 import torch
 
-from draws import Draws
 from networks import plain_attention
 from objectives.common import Model, Output, by_level, like, replayed, rng_state
+from objectives.draws import Draws
 from sampler import guided
 
 # torch scripts its own forward-mode rules when they are first used, and warns of it.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from draws import Draws
-from losses import pseudo_huber
 from objectives.common import Model, Output, by_level, like, replayed, rng_state
-from schedules import ect_r, truncated_student_t
+from objectives.draws import Draws
+from objectives.losses import pseudo_huber
+from objectives.schedules import ect_r, truncated_student_t
 
 
 class TruncatedConsistency(torch.nn.Module):

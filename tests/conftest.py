@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import config
-import trainer
 from networks import Preconditioner
+from training import trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 

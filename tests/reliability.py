@@ -45,11 +45,11 @@ import yaml  # noqa: E402
 from conftest import TINY, tiny  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import checkpoint  # noqa: E402
+import checkpoints  # noqa: E402
 import config  # noqa: E402
 import main  # noqa: E402
-import metrics  # noqa: E402
-import trainer  # noqa: E402
+from metrics import scores  # noqa: E402
+from training import trainer  # noqa: E402
 
 STEPS = 40
 TRAIN = {"steps": STEPS, "save_every": 2, "log_every": 3, "batch_size": 8}
@@ -74,7 +74,7 @@ class Run:
         folder.parent.mkdir(parents=True, exist_ok=True)
         given = folder.with_name(f"{folder.name}.yml")
         text = config.dump(cfg).encode()
-        checkpoint.write_atomically(given, lambda file: file.write(text))  # another rank may be reading it
+        checkpoints.write_atomically(given, lambda file: file.write(text))  # another rank may be reading it
         self.log = folder.with_name(f"{folder.name}.log")
         self.mark = mmap.mmap(-1, 2)  # shared: 1 while a checkpoint is written; 1 once the loop has begun
         sys.stdout.flush()
@@ -90,7 +90,7 @@ class Run:
             os.dup2(log, 1), os.dup2(log, 2)
             os.environ.update(env)
             torch.set_num_threads(1)
-            save, loop = checkpoint.save, trainer.Trainer.loop
+            save, loop = checkpoints.save, trainer.Trainer.loop
 
             def marked_save(*a, **k):
                 self.mark[0] = 1
@@ -101,7 +101,7 @@ class Run:
                 self.mark[1] = 1
                 loop(run)
 
-            checkpoint.save, trainer.Trainer.loop = marked_save, marked_loop
+            checkpoints.save, trainer.Trainer.loop = marked_save, marked_loop
             if before:
                 before()
             code = main.main(argv)
@@ -162,7 +162,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
             for key, part in pairs:
                 walk(part, f"{place}/{key}")
 
-    state = checkpoint.load(folder / "checkpoints" / "last.ckpt")
+    state = checkpoints.load(folder / "checkpoints" / "last.ckpt")
     walk(state, "")
     return {**found, "step": torch.tensor(state["step"])}
 
@@ -175,7 +175,7 @@ def inspect(folder: Path) -> int:
     """Read every file of a run; the number of checkpoints. Raises where one cannot be read."""
     paths = sorted((folder / "checkpoints").glob("*.ckpt"))
     for path in paths:
-        checkpoint.load(path)
+        checkpoints.load(path)
     for path in folder.glob("samples/*.png"):
         Image.open(path).load()
     if (folder / "config.yml").exists():
@@ -230,7 +230,7 @@ def crash(times: int, folder: Path) -> str:
             kills, saving = kills + 1, saving + run.mark[0]
             checked += inspect(cfg.run.folder)
             if (cfg.run.folder / "checkpoints" / "last.ckpt").exists():
-                step = checkpoint.load(cfg.run.folder / "checkpoints" / "last.ckpt")["step"]
+                step = checkpoints.load(cfg.run.folder / "checkpoints" / "last.ckpt")["step"]
                 check(step >= newest, "a checkpoint was lost")
                 newest = step
     litter = [path for i in range(finished) for path in (folder / f"run{i}").rglob(".*.part")]
@@ -268,7 +268,7 @@ def signals(times: int, folder: Path) -> str:
                 if kind == "twice":
                     at_step(9, lambda _: (slow_now.touch(), time.sleep(60)))
                 elif kind == "scoring":
-                    metrics.score = lambda *a, **k: time.sleep(60)
+                    scores.score = lambda *a, **k: time.sleep(60)
                 at_step(11, lambda run: time.sleep(0.5))  # so that no run is over before its signal
 
             run = Run(cfg, before=slow)
@@ -387,7 +387,7 @@ def disk_full(times: int, folder: Path) -> str:
 def inspect_newest(folder: Path) -> int:
     """Read every file of a run; the step of the newest checkpoint."""
     inspect(folder)
-    return checkpoint.newest_good(folder / "checkpoints")[1]["step"]
+    return checkpoints.newest_good(folder / "checkpoints")[1]["step"]
 
 
 def disk_read_only(times: int, folder: Path) -> str:
@@ -473,9 +473,9 @@ def damage(times: int, folder: Path) -> str:
     rng = random.Random(times)
     run_folder = folder / "run"
     trainer.train(tiny(run_folder, train={"steps": 4}))
-    older, newest = checkpoint.numbered(run_folder / "checkpoints")
+    older, newest = checkpoints.numbered(run_folder / "checkpoints")
     last = newest.with_name("last.ckpt")
-    good, reference = newest.read_bytes(), checkpoint.load(newest)
+    good, reference = newest.read_bytes(), checkpoints.load(newest)
     data = range(len(good))
     fell_back = 0
 
@@ -491,8 +491,8 @@ def damage(times: int, folder: Path) -> str:
         bad = folder / "bad.ckpt"
         bad.write_bytes(content)
         try:
-            state = checkpoint.load(bad)
-        except checkpoint.CheckpointError as error:
+            state = checkpoints.load(bad)
+        except checkpoints.CheckpointError as error:
             check("\n" not in str(error) and "bad.ckpt" in str(error), error)
             return True
         check(equal(state, reference), "a damaged file was read as something else")
@@ -533,7 +533,7 @@ def damage(times: int, folder: Path) -> str:
     for version in (0, 2, "1", None, torch.zeros(3)):
         refuses("is of format", {**reference, "format": version})
         others += 1
-    for part in checkpoint.PARTS:
+    for part in checkpoints.PARTS:
         for state in ({k: v for k, v in reference.items() if k != part}, {**reference, part: "x"}):
             refuses("not a whole checkpoint", state)
             others += 1
@@ -737,7 +737,7 @@ def fuzz_commands(times: int, folder: Path) -> str:
             "--num", "2",
             "--steps", "2", "--class", "1",
         ]),
-        "checkpoint.py": (checkpoint.main, ["export", ckpt, "target", "--to", "safetensors"]),
+        "checkpoint.py": (checkpoints.main, ["export", ckpt, "target", "--to", "safetensors"]),
     }  # fmt: skip
     odd = ["", "-", "--", "-1", "0", "3", "1e9", "99999999999999999999", "nan", "inf", "1,2", "80,0.8", ",", "a=b",
            "train.lr=",
@@ -815,11 +815,11 @@ def fuzz_commands(times: int, folder: Path) -> str:
 @contextlib.contextmanager
 def small_scores() -> Iterator[None]:
     """Scores cost seconds and are none of a command line's business."""
-    real, metrics.score = metrics.score, lambda samples, *a, **k: {"fid": float(len(samples))}
+    real, scores.score = scores.score, lambda samples, *a, **k: {"fid": float(len(samples))}
     try:
         yield
     finally:
-        metrics.score = real
+        scores.score = real
 
 
 def fuzz_data(times: int, folder: Path) -> str:
@@ -964,7 +964,7 @@ def hostile(times: int, folder: Path) -> str:
     run_folder = folder / "run"
     trainer.train(tiny(run_folder, train={"steps": 2}))
     last = run_folder / "checkpoints" / "last.ckpt"
-    state = checkpoint.load(last)
+    state = checkpoints.load(last)
     bombs: dict[str, Callable[[Path], object]] = {
         "pickle": lambda path: path.write_bytes(pickle.dumps(Trap())),
         "code in a checkpoint": lambda path: torch.save({**state, "format": 1, "model": Trap()}, path),
@@ -1151,10 +1151,10 @@ def numbers(times: int, folder: Path) -> str:
         check(("not finite at sigma" in said) == (kind != "gradient"), said)
         if kind == "loss":
             check("sigma 1-10" in said, said)
-        state = checkpoint.load(cfg.run.folder / "checkpoints" / "last.ckpt")
+        state = checkpoints.load(cfg.run.folder / "checkpoints" / "last.ckpt")
         check(state["step"] == run.step and same(seen, state["model"]), "the weights were moved")
         check(
-            any(first >= int(p.stem.split("-")[1]) for p in checkpoint.numbered(cfg.run.folder / "checkpoints")),
+            any(first >= int(p.stem.split("-")[1]) for p in checkpoints.numbered(cfg.run.folder / "checkpoints")),
             "rotated",
         )
         again = trainer.Trainer(cfg)
@@ -1189,7 +1189,7 @@ def out_of_memory(times: int, folder: Path) -> str:
                     break
                 one_line(code, said, rf"no memory for {part or batch} images a pass; set train\.microbatch=\d+")
                 part, advised = int(re.search(r"microbatch=(\d+)", said).group(1)), advised + 1
-            check(code == 0 and checkpoint.load(cfg.run.folder / "checkpoints" / "last.ckpt")["step"] == 1, said)
+            check(code == 0 and checkpoints.load(cfg.run.folder / "checkpoints" / "last.ckpt")["step"] == 1, said)
         finally:
             trainer.Trainer.prepare = real
     return f"{times} sizes of batch and memory, {advised} times advised; each ended in a run of the whole batch"

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-import augment as pipe
-from draws import Draws
+from objectives.draws import Draws
+from sources import augment as pipe
 
 
 def smooth(count: int = 2, size: int = 32, channels: int = 3) -> torch.Tensor:

@@ -10,8 +10,8 @@ import yaml
 
 import config
 import networks
-import objectives
-from augment import AUGMENT_DIM
+from sources.augment import AUGMENT_DIM
+from training.build import build as objective_of
 
 ROOT = Path(__file__).parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yml"))}
@@ -74,7 +74,7 @@ def test_network_and_objective_build(name):
         assert millions(model) == pytest.approx(PUBLISHED[name], rel=0.005)
     if getattr(cfg.objective, "metric", None) == "lpips":  # VGG's weights may not be here
         cfg = load(FILES[name], "objective.metric=l2")
-    assert isinstance(objectives.build(cfg, model, model), torch.nn.Module)
+    assert isinstance(objective_of(cfg, model, model), torch.nn.Module)
 
 
 def test_adm_at_256_pixels_has_its_published_size():

@@ -8,22 +8,22 @@ import torch
 from conftest import analytic, golden, relative_error, tiny
 from test_objectives import CT, per_sample
 
-import checkpoint
+import checkpoints
 import config
-import losses
 import networks
-import objectives
 import sampler
-import trainer
 from config import ConfigError
-from draws import Draws
+from objectives import losses
 from objectives.cd import ConsistencyDistillation
 from objectives.cmt import MidTraining
 from objectives.common import like
+from objectives.draws import Draws
 from objectives.pd import ProgressiveDistillation
 from objectives.scm import AdaptiveWeight, ContinuousConsistency
 from objectives.tcm import TruncatedConsistency
-from schedules import karras_sigmas
+from sampler import karras_sigmas
+from training import trainer
+from training.build import build as objective_of
 
 SCM = golden("scm_tangents")
 
@@ -119,7 +119,7 @@ def test_a_run_whose_teacher_has_moved_goes_on(teachers, tmp_path):
     trainer.train(tiny(tmp_path / "r", **settings))
     settings["objective"]["teacher"] = str(shutil.copy(teachers, tmp_path / "moved.ckpt"))
     trainer.train(tiny(tmp_path / "r", **settings, train={"steps": 8}), resume=True)
-    assert checkpoint.load(tmp_path / "r" / "checkpoints" / "last.ckpt")["step"] == 8
+    assert checkpoints.load(tmp_path / "r" / "checkpoints" / "last.ckpt")["step"] == 8
 
 
 class TrigStandIn(torch.nn.Module):
@@ -224,7 +224,7 @@ def trigflow_pair():
             p.add_(0.1 * torch.randn_like(p))
     turned = networks.SongUNet(8, 1, 1, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8])
     turned.load_state_dict(
-        {k: -v if checkpoint.OUTPUT_LAYER.fullmatch(f"model.{k}") else v for k, v in net.state_dict().items()}
+        {k: -v if checkpoints.OUTPUT_LAYER.fullmatch(f"model.{k}") else v for k, v in net.state_dict().items()}
     )
     pair = networks.Preconditioner(net), networks.Preconditioner(turned, "trigflow")
     return [model.double().eval().requires_grad_(False) for model in pair]
@@ -348,7 +348,7 @@ def build(folder, name, model, teacher, **options):
     clock = {"precond": "trigflow"} if name in ("trigflow", "sct", "scd") else {}
     section = {"name": name, **needs_teacher, **options}
     cfg = tiny(folder, objective=section, network=clock, data={"conditional": True})
-    return objectives.build(cfg, model, teacher if needs_teacher else None), cfg
+    return objective_of(cfg, model, teacher if needs_teacher else None), cfg
 
 
 PASSES = {"edm": 1, "ct": 2, "ict": 2, "ect": 2, "cd": 4, "sct": 2, "scd": 3, "tcm": 3, "pd": 3}
@@ -424,7 +424,7 @@ def test_distillation_runs_from_a_teacher_and_resumes_bit_for_bit(name, teachers
     }
     run = trainer.Trainer(tiny(tmp_path / "start", **settings))
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0])
-    teacher = checkpoint.load_model(teachers)
+    teacher = checkpoints.load_model(teachers)
     assert torch.allclose(run.model.eval()(x, sigma), teacher(x, sigma), atol=1e-6)  # the student starts as the teacher
     trainer.train(tiny(tmp_path / "a", **settings))
     step = trainer.Trainer.train_step
@@ -438,7 +438,7 @@ def test_distillation_runs_from_a_teacher_and_resumes_bit_for_bit(name, teachers
         patched.setattr(trainer.Trainer, "train_step", killed_at_step_3)
         trainer.train(tiny(tmp_path / "b", **settings))
     trainer.train(tiny(tmp_path / "b", **settings), resume=True)
-    a, b = (checkpoint.load(tmp_path / part / "checkpoints" / "last.ckpt") for part in ("a", "b"))
+    a, b = (checkpoints.load(tmp_path / part / "checkpoints" / "last.ckpt") for part in ("a", "b"))
     for one, other in ((a["model"], b["model"]), (a["objective"], b["objective"]), (a["ema"][0], b["ema"][0])):
         assert all(torch.isfinite(v).all() for v in one.values())
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
@@ -449,7 +449,7 @@ def test_distillation_runs_from_a_teacher_and_resumes_bit_for_bit(name, teachers
 def test_trigflow_objectives_train_from_scratch(name, tmp_path):
     objective = {"name": "sct", "warmup": 4} if name == "sct" else {"name": name}
     trainer.train(tiny(tmp_path, objective=objective, network={"precond": "trigflow", "c_noise": "t"}))
-    state = checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")
+    state = checkpoints.load(tmp_path / "checkpoints" / "last.ckpt")
     assert all(torch.isfinite(v).all() for v in state["model"].values())
     if name == "sct":
         assert state["objective"]["weight.linear.weight"].abs().sum() > 0  # the weighting is trained too

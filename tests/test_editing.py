@@ -8,8 +8,8 @@ from PIL import Image
 
 import data
 import edit
-import editing
-import trainer
+from sampling import editing
+from training import trainer
 
 CASE = {name: array.double() for name, array in golden("editing").items()}
 SIGMAS = CASE["sigmas"][:-1].tolist()  # the last is sigma_min, where the original adds and evaluates nothing

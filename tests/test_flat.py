@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flat import ALIGN, FlatParameters
+from training.flat import ALIGN, FlatParameters
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

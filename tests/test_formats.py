@@ -16,10 +16,10 @@ import torch
 from conftest import GOLDEN, golden, relative_error
 from torch.nn.functional import one_hot
 
-import checkpoint
+import checkpoints
 import config
-import formats
 import networks
+from checkpoints import formats
 
 EDM = GOLDEN / "edm_checkpoint.pkl"
 OPENAI, ARCH = GOLDEN / "openai_unet.pt", GOLDEN / "openai_unet.json"
@@ -40,13 +40,13 @@ def saved(path, shape=(8, 3, 3, 0), **network):
     weights = model.state_dict()
     counts = list(range(2, 2 + shape["label_dim"])) or None
     state = formats._state(cfg.model_dump(), shape, counts, weights, path)
-    torch.save({"format": checkpoint.FORMAT, **state}, path)
+    torch.save({"format": checkpoints.FORMAT, **state}, path)
     return path
 
 
 def refused(*argv, capsys):
     """The one line that a refused command prints; its exit code is 2."""
-    assert checkpoint.main([str(a) for a in argv]) == 2
+    assert checkpoints.main([str(a) for a in argv]) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and "Traceback" not in err
     return err.strip()
@@ -56,22 +56,22 @@ def refused(*argv, capsys):
 
 
 def test_edm_pickle_computes_what_edm_computed(tmp_path, capsys):
-    assert checkpoint.main(["import", str(EDM), str(tmp_path / "edm.ckpt")]) == 0
+    assert checkpoints.main(["import", str(EDM), str(tmp_path / "edm.ckpt")]) == 0
     assert "data.path" in capsys.readouterr().out
-    model, io = checkpoint.load_model(tmp_path / "edm.ckpt"), golden("edm_checkpoint_io")
+    model, io = checkpoints.load_model(tmp_path / "edm.ckpt"), golden("edm_checkpoint_io")
     assert relative_error(model(io["x"], io["sigma"]), io["D"]) < 1e-5
-    state = checkpoint.load(tmp_path / "edm.ckpt")
+    state = checkpoints.load(tmp_path / "edm.ckpt")
     assert state["step"] == 0 and state["optimizer"] == state["objective"] == state["scaler"] == {}
     assert state["data"]["shape"]["augment_dim"] == 9 and state["data"]["class_counts"] is None
     cfg = config.load(tmp_path / "edm.ckpt.yml")
-    assert cfg == checkpoint.config_of(state, "")
+    assert cfg == checkpoints.config_of(state, "")
     assert (cfg.objective.name, cfg.network.precond, cfg.network.dropout) == ("edm", "edm", 0.13)
     assert (cfg.data.name, cfg.data.path, cfg.data.resolution) == ("zip", "cifar10-32x32.zip", 16)
 
 
 def test_openai_weights_compute_what_openai_computed(tmp_path):
     formats.import_checkpoint(OPENAI, tmp_path / "cm.ckpt", ARCH)
-    model, io = checkpoint.load_model(tmp_path / "cm.ckpt"), golden("openai_unet_io")
+    model, io = checkpoints.load_model(tmp_path / "cm.ckpt"), golden("openai_unet_io")
     labels = one_hot(io["y"], 10).float()
     assert relative_error(model(io["x"], io["sigma"], labels), io["D"]) < 1e-5
     c_noise = 250 * io["sigma"].log()
@@ -86,7 +86,7 @@ def test_openai_diffusion_teachers_keep_edms_preconditioning(tmp_path):
     arch = tmp_path / "arch.json"
     arch.write_text(json.dumps({**json.loads(ARCH.read_text()), "precond": "edm"}))
     formats.import_checkpoint(OPENAI, tmp_path / "edm.ckpt", arch)
-    model, io = checkpoint.load_model(tmp_path / "edm.ckpt"), golden("openai_unet_io")
+    model, io = checkpoints.load_model(tmp_path / "edm.ckpt"), golden("openai_unet_io")
     x, labels, sigma = io["x"], one_hot(io["y"], 10).float(), io["sigma"].reshape(-1, 1, 1, 1)
     total = sigma**2 + 0.25
     F = model.model((x / total.sqrt()).float(), (250 * io["sigma"].log()).float(), labels)
@@ -96,7 +96,7 @@ def test_openai_diffusion_teachers_keep_edms_preconditioning(tmp_path):
 
 def to_openai(path, target):
     """Our weights under OpenAI's names: import's own table backwards."""
-    model = checkpoint.load_model(path)
+    model = checkpoints.load_model(path)
     net, own = model.model, model.state_dict()
     names = formats._names(
         net, formats._openai_blocks(net), formats.OPENAI_PARTS, formats.OPENAI_ATTENTION, formats.OPENAI_LAYERS
@@ -129,10 +129,10 @@ def test_openai_structure_is_read_from_the_weights(tmp_path, scale_shift_norm):
     to_openai(path, tmp_path / "a.pt")
     notes = formats.import_checkpoint(tmp_path / "a.pt", tmp_path / "b.ckpt")
     assert "image_size 64, num_head_channels 64, dropout 0.0, precond cm" in notes[0]
-    old, new = checkpoint.load(path), checkpoint.load(tmp_path / "b.ckpt")
-    cfg = checkpoint.config_of(new, "").network
+    old, new = checkpoints.load(path), checkpoints.load(tmp_path / "b.ckpt")
+    cfg = checkpoints.config_of(new, "").network
     assert sorted(cfg.attn_resolutions) == [16, 32]
-    assert cfg.model_copy(update={"attn_resolutions": [16, 32]}) == checkpoint.config_of(old, "").network
+    assert cfg.model_copy(update={"attn_resolutions": [16, 32]}) == checkpoints.config_of(old, "").network
     assert all(torch.equal(value, old["ema"][0][name]) for name, value in new["ema"][0].items())
 
 
@@ -285,8 +285,8 @@ def test_source_text_in_a_pickle_is_left_unread(tmp_path, monkeypatch, capsys):
     content, harmless = EDM.read_bytes(), b"# source text removed"
     assert content.count(harmless) == 1
     Path("a.pkl").write_bytes(content.replace(harmless, SPRING.encode().ljust(len(harmless))))
-    assert checkpoint.main(["import", "a.pkl", "a.ckpt"]) == 0
-    model, io = checkpoint.load_model("a.ckpt"), golden("edm_checkpoint_io")
+    assert checkpoints.main(["import", "a.pkl", "a.ckpt"]) == 0
+    model, io = checkpoints.load_model("a.ckpt"), golden("edm_checkpoint_io")
     assert relative_error(model(io["x"], io["sigma"]), io["D"]) < 1e-5
     meta = {"type": "class", "version": 6, "module_src": SPRING, "class_name": "Evil", "state": {}}
     Path("b.pkl").write_bytes(dumps({"ema": Call(Named(*PERSISTENT), meta)}))
@@ -301,13 +301,13 @@ def test_what_a_pickle_can_name_it_cannot_change(tmp_path):
     for name in (TENSOR, PERSISTENT, ("torch.nn.modules.container", "ModuleDict"), ("collections", "OrderedDict")):
         stream = dumps(Named(*name))[:-1] + dumps(state)[2:-1] + b"b."
         (tmp_path / "a.pkl").write_bytes(stream)
-        with pytest.raises(checkpoint.CheckpointError):
+        with pytest.raises(checkpoints.CheckpointError):
             formats.read_edm(tmp_path / "a.pkl")
     assert relative_error(model_of(EDM)(*inputs()), golden("edm_checkpoint_io")["D"]) < 1e-5
 
 
 def model_of(path):
-    return checkpoint.model_from(formats.read(path)[0], path)
+    return checkpoints.model_from(formats.read(path)[0], path)
 
 
 def inputs():
@@ -320,7 +320,7 @@ def test_tensors_stay_within_their_storage(tmp_path):
     shape = pickle.BININT1 + bytes([32]) + pickle.BININT1 + bytes([9]) + pickle.TUPLE2
     assert shape in content
     (tmp_path / "a.pkl").write_bytes(content.replace(shape, shape[:1] + bytes([33]) + shape[2:], 1))
-    with pytest.raises(checkpoint.CheckpointError, match="setStorage: sizes \\[33, 9\\]"):
+    with pytest.raises(checkpoints.CheckpointError, match="setStorage: sizes \\[33, 9\\]"):
         formats.read_edm(tmp_path / "a.pkl")
 
 
@@ -374,7 +374,7 @@ def test_nothing_is_written_over(tmp_path, capsys):
 def test_the_command_line_is_one_line_too(tmp_path, capsys):
     for argv in (["import", "a"], ["export", "a", "b", "--to", "keras"], ["publish"], []):
         with pytest.raises(SystemExit) as stop:
-            checkpoint.main(argv)
+            checkpoints.main(argv)
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert "no such checkpoint" in refused("export", tmp_path / "no", tmp_path / "d", "--to", "onnx", capsys=capsys)
 
@@ -401,13 +401,13 @@ def test_diffusers_makes_the_same_images(tmp_path, source, capsys):
         saved(path, (8, 3, 10, 0), **network, norm_groups=8, scale_shift_norm=False)
     else:
         formats.import_checkpoint(OPENAI, path, ARCH)
-    assert checkpoint.main(["export", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 0
+    assert checkpoints.main(["export", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 0
     files = {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert files == {".json", ".safetensors"}
     pipe = diffusers.ConsistencyModelPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     labels = torch.tensor([3, 9])
-    z, x = one_step(checkpoint.load_model(path), labels)
+    z, x = one_step(checkpoints.load_model(path), labels)
     made = pipe(2, class_labels=labels, latents=z.clone(), num_inference_steps=1, output_type="pt").images
     assert float((made - (x.clamp(-1, 1) + 1) / 2).abs().max()) < 1e-3
     assert float(x.std()) > 0.1 and float((x.abs() > 1).float().mean()) < 0.3  # pictures that can differ
@@ -428,7 +428,7 @@ def test_diffusers_makes_the_same_images(tmp_path, source, capsys):
 def test_diffusers_says_what_it_lacks(tmp_path, network, what, capsys):
     pytest.importorskip("safetensors")
     path = saved(tmp_path / "a.ckpt", **{"precond": "cm", "c_noise": "log250", **network})
-    with pytest.raises(checkpoint.CheckpointError, match=what) as error:
+    with pytest.raises(checkpoints.CheckpointError, match=what) as error:
         formats.export_checkpoint(path, tmp_path / "out", "diffusers")
     assert str(error.value).startswith("--to diffusers: no counterpart") and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["a.ckpt"]  # and no part of a folder
@@ -442,10 +442,10 @@ def test_safetensors_there_and_back(tmp_path):
     with safetensors.safe_open(file, "pt") as content:
         assert json.loads(content.metadata()["config"])["network"]["dropout"] == 0.2
     formats.import_checkpoint(file, tmp_path / "b.ckpt")
-    old, new = checkpoint.load(path), checkpoint.load(tmp_path / "b.ckpt")
+    old, new = checkpoints.load(path), checkpoints.load(tmp_path / "b.ckpt")
     assert new["config"] == old["config"] and new["data"] == old["data"] and new["data"]["class_counts"] == [2, 3, 4]
     x, sigma, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 50.0]), torch.eye(3)[:2]
-    same = [checkpoint.load_model(p)(x, sigma, labels) for p in (path, tmp_path / "b.ckpt")]
+    same = [checkpoints.load_model(p)(x, sigma, labels) for p in (path, tmp_path / "b.ckpt")]
     assert torch.equal(*same)
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole.replace(b'\\"precond\\": \\"cm\\"', b'\\"precond\\": \\"no\\"')):
@@ -461,7 +461,7 @@ def test_onnx_computes_the_same_for_any_batch(tmp_path):
     path = saved(tmp_path / "a.ckpt", model_channels=8, channel_mult=[1, 1], num_blocks=1, attn_resolutions=[])
     formats.export_checkpoint(path, tmp_path / "out", "onnx")
     session = runtime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
-    model = checkpoint.load_model(path)
+    model = checkpoints.load_model(path)
     for batch in (1, 5):
         x, sigma = torch.randn(batch, 3, 8, 8), torch.linspace(0.01, 80, batch)
         labels = torch.eye(3)[torch.arange(batch) % 3]
@@ -474,5 +474,5 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, to, package):
     path = saved(tmp_path / "a.ckpt", model_channels=8)
     for name in (package, f"{package}.torch"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(checkpoint.CheckpointError, match=r"needs .*; pip install -r requirements-dev\.txt"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"needs .*; pip install -r requirements-dev\.txt"):
         formats.export_checkpoint(path, tmp_path / "out", to)

@@ -14,10 +14,10 @@ from conftest import tiny
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import drawing
 import generate
-import metrics
-import trainer
+from metrics import scores
+from sampling import drawing
+from training import trainer
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,13 @@ def test_steps_seeds_and_classes_matter(run, tmp_path):
 def test_a_sample_is_from_the_ema(run, tmp_path):
     assert call(run, "--num", 4, "--format", "npz", "--out", tmp_path / "a") == 0
     assert call(run, "--num", 4, "--format", "npz", "--out", tmp_path / "b", "--ema", 1) == 0
-    import checkpoint
+    import checkpoints
     import data
-    import sampler
+    from sampling import plan
 
-    model = checkpoint.load_model(run / "checkpoints" / "last.ckpt")
-    labels = sampler.draw_labels(0, range(4), model.class_counts)
-    x = torch.cat(list(sampler.generate(model, 0, range(4), [80.0], labels=labels)))
+    model = checkpoints.load_model(run / "checkpoints" / "last.ckpt")
+    labels = plan.draw_labels(0, range(4), model.class_counts)
+    x = torch.cat(list(drawing.generate(model, 0, range(4), [80.0], labels=labels)))
     expected = data.to_uint8(x).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(np.load(tmp_path / "a" / "samples" / "000000.npz")["images"], expected)
     assert not np.array_equal(np.load(tmp_path / "b" / "samples" / "000000.npz")["images"], expected)
@@ -239,11 +239,11 @@ def test_no_more_than_a_shard_is_held(run, tmp_path, monkeypatch):
         alive = {o.data_ptr(): len(o) for o in alive if len(o) != 1797}
         seen.append(sum(alive.values()))
 
-    read, write, update = generate.read_npz, generate.write_shard, metrics.ClassifierFeatures.forward
+    read, write, update = generate.read_npz, generate.write_shard, scores.ClassifierFeatures.forward
     monkeypatch.setattr(generate, "write_shard", lambda *args: (count_images(), write(*args))[1])
     monkeypatch.setattr(generate, "read_npz", lambda *args: (count_images(), read(*args))[1])
     monkeypatch.setattr(
-        metrics.ClassifierFeatures, "forward", lambda self, x: (count_images(), update(self, x))[1] if len(x) else None
+        scores.ClassifierFeatures, "forward", lambda self, x: (count_images(), update(self, x))[1] if len(x) else None
     )
     asked = ["--num", 2000, "--batch", 50, "--calc_fid"]
     assert call(run, *asked, "--out", tmp_path / "o") == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-import losses
+from objectives import losses
 
 A = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 B = torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

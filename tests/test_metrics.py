@@ -18,8 +18,8 @@ import torch_fidelity.feature_extractor_inceptionv3 as inception
 from sklearn.datasets import load_digits
 
 import data
-import metrics
-from networks.classifier import Classifier
+from metrics import scores
+from metrics.classifier_network import Classifier
 
 
 def config(*scores, features="classifier", weights=None, reference=None):
@@ -35,7 +35,7 @@ def make(images, labels, name="digits"):
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Layers this small gain nothing from more, and lose much on a busy machine."""
-    with metrics.one_thread():
+    with scores.one_thread():
         yield
 
 
@@ -62,9 +62,9 @@ def noisy(images, level, seed=0):
 
 
 def features(cache, dataset, images):
-    path, _ = metrics.classifier_weights(dataset, metrics.file_name(dataset), cache, torch.device("cpu"), print)
+    path, _ = scores.classifier_weights(dataset, scores.file_name(dataset), cache, torch.device("cpu"), print)
     with torch.no_grad():
-        return metrics.load_classifier(path)(images)[0].double().numpy()
+        return scores.load_classifier(path)(images)[0].double().numpy()
 
 
 def frechet(a, b):
@@ -80,53 +80,53 @@ def frechet(a, b):
 
 
 def test_fid_is_zero_on_itself_and_grows_with_noise(digits, cache):
-    assert abs(metrics.score(digits.images, digits, config(), cache, "cpu")["fid"]) < 1e-3
-    fids = [metrics.score(noisy(digits.images, n), digits, config(), cache, "cpu")["fid"] for n in (8, 24, 64)]
+    assert abs(scores.score(digits.images, digits, config(), cache, "cpu")["fid"]) < 1e-3
+    fids = [scores.score(noisy(digits.images, n), digits, config(), cache, "cpu")["fid"] for n in (8, 24, 64)]
     assert fids == sorted(fids) and fids[0] > 0.01 and fids[-1] > 10 * fids[0]
 
 
 def test_fid_is_the_frechet_distance_of_the_features(digits, cache):
     samples = noisy(digits.images[:500], 24)
     expected = frechet(features(cache, digits, samples), features(cache, digits, digits.images))
-    assert metrics.score(samples, digits, config(), cache, "cpu")["fid"] == pytest.approx(expected, rel=1e-3)
+    assert scores.score(samples, digits, config(), cache, "cpu")["fid"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_other_scores_mean_what_they_say(few, cache):
     cfg = config("kid", "isc", "prc")
-    own = metrics.score(few.images, few, cfg, cache, "cpu")
+    own = scores.score(few.images, few, cfg, cache, "cpu")
     assert list(own) == ["kid", "isc", "precision", "recall"]
     assert own["precision"] == own["recall"] == 1 and own["isc"] > 3.5 and abs(own["kid"]) < 0.03
     sevens = few.images[few.labels == 7]
-    one_class = metrics.score(sevens, few, cfg, cache, "cpu")
+    one_class = scores.score(sevens, few, cfg, cache, "cpu")
     assert one_class["precision"] == 1 and one_class["recall"] < 0.3 and one_class["isc"] < 2
-    blurred = metrics.score(noisy(few.images, 90), few, cfg, cache, "cpu")
+    blurred = scores.score(noisy(few.images, 90), few, cfg, cache, "cpu")
     assert blurred["precision"] < 0.5 and blurred["kid"] > 0.1
 
 
 def test_classifier_reads_digits_it_never_saw(digits, cache):
-    path, _ = metrics.classifier_weights(digits, metrics.file_name(digits), cache, torch.device("cpu"), print)
+    path, _ = scores.classifier_weights(digits, scores.file_name(digits), cache, torch.device("cpu"), print)
     assert torch.load(path, weights_only=True)["accuracy"] > 0.96
 
 
 def test_held_out_images_are_held_out(few, monkeypatch):
-    reads, fetch = [], metrics.fetch
+    reads, fetch = [], scores.fetch
     monkeypatch.setattr(
-        metrics, "fetch", lambda images, rows: (reads.append(set(rows.tolist())), fetch(images, rows))[1]
+        scores, "fetch", lambda images, rows: (reads.append(set(rows.tolist())), fetch(images, rows))[1]
     )
-    metrics.train_classifier(few, torch.device("cpu"), print)
+    scores.train_classifier(few, torch.device("cpu"), print)
     *training, held_out = reads
     assert len(held_out) == 30 and not held_out & set.union(*training)
     assert len(set.union(held_out, *training)) == 300
 
 
 def test_classifier_and_statistics_are_made_once(few, cache, monkeypatch):
-    first = metrics.score(few.images[:100], few, config(), cache, "cpu")
-    seen, forward = [], metrics.ClassifierFeatures.forward
-    monkeypatch.setattr(metrics, "train_classifier", lambda *_: pytest.fail("trained again"))
+    first = scores.score(few.images[:100], few, config(), cache, "cpu")
+    seen, forward = [], scores.ClassifierFeatures.forward
+    monkeypatch.setattr(scores, "train_classifier", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(
-        metrics.ClassifierFeatures, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1]
+        scores.ClassifierFeatures, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1]
     )
-    assert metrics.score(few.images[:100], few, config(), cache, "cpu") == first
+    assert scores.score(few.images[:100], few, config(), cache, "cpu") == first
     assert sum(seen) == 100  # the samples, not the training set
 
 
@@ -138,7 +138,7 @@ class Evil:
 @pytest.mark.parametrize("damage", ["empty", "cut", "evil", "another network"])
 def test_bad_cached_classifier_is_trained_again_bit_for_bit(few, tmp_path, monkeypatch, damage):
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
-    expected = metrics.score(few.images[:100], few, config(), tmp_path, "cpu")
+    expected = scores.score(few.images[:100], few, config(), tmp_path, "cpu")
     (path,) = tmp_path.glob("classifier-*.pt")
     good, said = torch.load(path, weights_only=True), []
     if damage == "another network":
@@ -147,7 +147,7 @@ def test_bad_cached_classifier_is_trained_again_bit_for_bit(few, tmp_path, monke
         whole = path.read_bytes()
         path.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "evil": pickle.dumps(Evil())}[damage])
     torch.set_num_threads(2)
-    again = metrics.score(few.images[:100], few, config(), tmp_path, "cpu", log=said.append)
+    again = scores.score(few.images[:100], few, config(), tmp_path, "cpu", log=said.append)
     assert again["fid"] == pytest.approx(expected["fid"], rel=1e-3)
     torch.set_num_threads(1)
     assert "cannot be read" in said[0] and not (tmp_path / "evil").exists()
@@ -158,21 +158,21 @@ def test_bad_cached_classifier_is_trained_again_bit_for_bit(few, tmp_path, monke
 
 
 def test_statistics_of_another_classifier_are_not_used(few, tmp_path):
-    expected = metrics.score(few.images, few, config(), tmp_path, "cpu")["fid"]
+    expected = scores.score(few.images, few, config(), tmp_path, "cpu")["fid"]
     (path,) = tmp_path.glob("classifier-*.pt")
     file = torch.load(path, weights_only=True)
     file["state"]["body.0.0.weight"] *= -1
     torch.save(file, path)
-    assert metrics.score(few.images, few, config(), tmp_path, "cpu")["fid"] == pytest.approx(expected, abs=1e-3)
+    assert scores.score(few.images, few, config(), tmp_path, "cpu")["fid"] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "evil"])
 def test_bad_cached_statistics_are_computed_again(few, tmp_path, monkeypatch, cache, damage):
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
-    classifier, _ = metrics.classifier_weights(few, metrics.file_name(few), cache, torch.device("cpu"), print)
+    classifier, _ = scores.classifier_weights(few, scores.file_name(few), cache, torch.device("cpu"), print)
     (tmp_path / classifier.name).write_bytes(classifier.read_bytes())
     cfg, said = config("fid", "prc"), []
-    expected = metrics.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append)
+    expected = scores.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append)
     paths = sorted((tmp_path / "fidelity").iterdir())
     assert len(paths) == 2 and not said
     for path in paths:
@@ -183,10 +183,10 @@ def test_bad_cached_statistics_are_computed_again(few, tmp_path, monkeypatch, ca
         torch.save({"mu": Evil()}, evil)
         damaged = {"empty": b"", "cut": whole[:middle], "flipped": flipped, "evil": evil.read_bytes()}
         path.write_bytes(damaged[damage])
-    assert metrics.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append) == expected
+    assert scores.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append) == expected
     assert len(said) == 2 and all("computing them again" in line for line in said)
     assert not (tmp_path / "evil").exists() and sorted((tmp_path / "fidelity").iterdir()) == paths
-    metrics.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append)
+    scores.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append)
     assert len(said) == 2  # the new ones are good
 
 
@@ -196,9 +196,9 @@ def test_cache_key_holds_the_content(few):
     labels[7] = (labels[7] + 1) % 10
     others = [make(images, few.labels), make(few.images, labels), make(few.images, None)]
     others += [make(few.images[:-1], few.labels[:-1]), make(few.images, few.labels, "a/b")]
-    names = {metrics.file_name(dataset) for dataset in [make(few.images, few.labels), *others]}
+    names = {scores.file_name(dataset) for dataset in [make(few.images, few.labels), *others]}
     assert len(names) == 6 and not any("/" in name for name in names)
-    assert metrics.file_name(make(few.images.clone(), few.labels)) in names
+    assert scores.file_name(make(few.images.clone(), few.labels)) in names
 
 
 def test_global_state_and_terminal_are_left_alone(few, tmp_path, capfd):
@@ -207,7 +207,7 @@ def test_global_state_and_terminal_are_left_alone(few, tmp_path, capfd):
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1]
     said = []
     with torch.inference_mode():  # as a sampler may call it
-        metrics.score(few.images[:50], few, config("fid", "kid", "isc", "prc"), tmp_path, "cpu", log=said.append)
+        scores.score(few.images[:50], few, config("fid", "kid", "isc", "prc"), tmp_path, "cpu", log=said.append)
     assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numpy_before)
     assert capfd.readouterr() == ("", "") and "held-out" in said[1]
 
@@ -228,8 +228,8 @@ class Stream:
 
 def test_samples_may_stream(few, cache):
     stream = Stream(noisy(few.images[:130], 16))
-    expected = metrics.score(stream.images, few, config(), cache, "cpu")
-    assert metrics.score(stream, few, config(), cache, "cpu") == expected
+    expected = scores.score(stream.images, few, config(), cache, "cpu")
+    assert scores.score(stream, few, config(), cache, "cpu") == expected
     assert stream.reads <= 130 + 2  # once each; looks at the first by us and by torch-fidelity
 
 
@@ -243,7 +243,7 @@ def test_classifier_takes_any_image(channels, resolution):
 def test_shift_moves_at_most_its_reach():
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     image[0, 0, 4, 4] = 9
-    moved = metrics.shift(image.expand(200, -1, -1, -1), torch.Generator().manual_seed(0))
+    moved = scores.shift(image.expand(200, -1, -1, -1), torch.Generator().manual_seed(0))
     _, _, rows, columns = moved.nonzero(as_tuple=True)
     assert len(rows) == 200 and set(zip(rows.tolist(), columns.tolist(), strict=True)) == {
         (r, c) for r in (3, 4, 5) for c in (3, 4, 5)
@@ -254,8 +254,8 @@ def test_shift_moves_at_most_its_reach():
 
 
 def message(*args, **kwargs):
-    with pytest.raises(metrics.ScoreError) as caught:
-        metrics.score(*args, **kwargs)
+    with pytest.raises(scores.ScoreError) as caught:
+        scores.score(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -280,12 +280,12 @@ def test_no_inception_weights(few, tmp_path, monkeypatch):
 
 
 def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "SILENCE", 0.2)
+    monkeypatch.setattr(scores, "SILENCE", 0.2)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/weights-6726825d.pth"
-        with pytest.raises(metrics.ScoreError, match="could not be fetched"):
-            metrics.download("a network", url, tmp_path / "weights-6726825d.pth", lambda _: None)
+        with pytest.raises(scores.ScoreError, match="could not be fetched"):
+            scores.download("a network", url, tmp_path / "weights-6726825d.pth", lambda _: None)
     assert socket.getdefaulttimeout() is None and not list(tmp_path.iterdir())
 
 
@@ -322,7 +322,7 @@ def test_inception_scores_grey_images_and_reference_statistics(few, weights, tmp
     network = inception.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=weights)
 
     cfg = config("kid", "prc", features="inception", weights=weights)
-    same = metrics.score(small.images, small, cfg, tmp_path, "cpu")
+    same = scores.score(small.images, small, cfg, tmp_path, "cpu")
     assert same["precision"] == same["recall"] == 1
     (kept,) = (tmp_path / "fidelity").glob("*-features-2048.pt")
     values = torch.load(kept, weights_only=True)
@@ -334,9 +334,9 @@ def test_inception_scores_grey_images_and_reference_statistics(few, weights, tmp
     np.savez(reference, mu=np.full(2048, 0.25), sigma=np.zeros((2048, 2048)))
     cfg = config("fid", features="inception", weights=weights, reference=str(reference))
     expected = ((values.mean(0) - 0.25) ** 2).sum() + values.var(0, ddof=1).sum()
-    assert metrics.score(small.images, small, cfg, tmp_path, "cpu")["fid"] == pytest.approx(expected, rel=1e-3)
+    assert scores.score(small.images, small, cfg, tmp_path, "cpu")["fid"] == pytest.approx(expected, rel=1e-3)
 
-    alone = metrics.score(small.images, None, cfg, tmp_path, "cpu")["fid"]  # the training set is not needed
+    alone = scores.score(small.images, None, cfg, tmp_path, "cpu")["fid"]  # the training set is not needed
     assert alone == pytest.approx(expected, rel=1e-3)
 
     np.savez(reference, mu=np.zeros(64), sigma=np.zeros((64, 64)))
@@ -375,10 +375,10 @@ def test_dinov2_scores(flat, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch.hub, "load", lambda *args: (asked.append(args), Means())[1])
     cfg = config(features="dinov2")
-    fid = metrics.score(flat[1], flat[0], cfg, tmp_path, "cpu", log=lambda _: None)["fid"]
+    fid = scores.score(flat[1], flat[0], cfg, tmp_path, "cpu", log=lambda _: None)["fid"]
     assert set(asked) == {("facebookresearch/dinov2", "dinov2_vitb14")}
     assert fid == pytest.approx(means_score(flat, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), rel=1e-3)
-    assert metrics.features_name(cfg) == "DINOv2 ViT-B/14 features"
+    assert scores.features_name(cfg) == "DINOv2 ViT-B/14 features"
 
 
 def test_dinov2_out_of_reach(few, tmp_path, monkeypatch):
@@ -401,9 +401,9 @@ def test_clip_scores_with_the_real_file_only(few, flat, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: (ran.append(1), torch.nn.Identity())[1])
     assert "SHA-256" in message(few.images, few, cfg, tmp_path, "cpu") and not ran
 
-    monkeypatch.setitem(metrics.CLIP_FILES["clip-vit-b-32"], "hash", hashlib.sha256(b"TorchScript").hexdigest())
+    monkeypatch.setitem(scores.CLIP_FILES["clip-vit-b-32"], "hash", hashlib.sha256(b"TorchScript").hexdigest())
     monkeypatch.setattr(clip, "build_model", lambda *_: SimpleNamespace(visual=Means()))
-    fid = metrics.score(flat[1], flat[0], cfg, tmp_path, "cpu")["fid"]
+    fid = scores.score(flat[1], flat[0], cfg, tmp_path, "cpu")["fid"]
     colours = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     assert ran and fid == pytest.approx(means_score(flat, *colours), rel=1e-3)
     path.unlink()
@@ -411,9 +411,9 @@ def test_clip_scores_with_the_real_file_only(few, flat, tmp_path, monkeypatch):
 
 
 def test_features_are_named():
-    said = metrics.describe({"fid": 1.23456, "recall": 0.5}, config(), 5000)
+    said = scores.describe({"fid": 1.23456, "recall": 0.5}, config(), 5000)
     assert said == "fid 1.235, recall 0.5 (classifier features, 5,000 samples)"
-    assert "Inception features" in metrics.describe({"fid": 1.0}, config(features="inception"), 10)
+    assert "Inception features" in scores.describe({"fid": 1.0}, config(features="inception"), 10)
 
 
 # The nearest training images
@@ -423,10 +423,10 @@ def test_nearest_known_case():
     levels = torch.tensor([0, 51, 102, 255], dtype=torch.uint8)
     dataset = make(levels[:, None, None, None].expand(-1, 3, 2, 2), None)
     samples = torch.full((1, 3, 2, 2), 61, dtype=torch.uint8)
-    distances, indices = metrics.nearest(samples, dataset, 3, "cpu")
+    distances, indices = scores.nearest(samples, dataset, 3, "cpu")
     assert indices.tolist() == [[1, 2, 0]] and indices.dtype == torch.int64
     torch.testing.assert_close(distances, torch.tensor([[10, 41, 61]]) / 255)
-    assert metrics.nearest(samples, dataset, 9, "cpu")[1].shape == (1, 4)
+    assert scores.nearest(samples, dataset, 9, "cpu")[1].shape == (1, 4)
 
 
 def test_nearest_is_exact_over_blocks():
@@ -434,7 +434,7 @@ def test_nearest_is_exact_over_blocks():
     images = torch.randint(0, 256, (4500, 1, 4, 4), generator=generator, dtype=torch.uint8)
     samples = torch.randint(0, 256, (1100, 1, 4, 4), generator=generator, dtype=torch.uint8)
     samples[[3, 1050]] = images[[4321, 17]]  # copies
-    distances, indices = metrics.nearest(Stream(samples), make(images, None), 2, "cpu")
+    distances, indices = scores.nearest(Stream(samples), make(images, None), 2, "cpu")
     assert distances[3, 0] == distances[1050, 0] == 0 and indices[[3, 1050], 0].tolist() == [4321, 17]
     assert distances.dtype == torch.float32
     pairs = samples.double().flatten(1), images.double().flatten(1)
@@ -447,18 +447,18 @@ def test_what_counts_as_a_copy():
     levels = torch.arange(0, 200, 2, dtype=torch.uint8)
     levels[1] = 1  # two images one level apart, all others at least two
     dataset = make(levels[:, None, None, None].expand(-1, 1, 4, 4), None)
-    assert metrics.copy_threshold(dataset, "cpu", share=0.015) == pytest.approx(1 / 255)
-    assert metrics.copy_threshold(dataset, "cpu", share=0.5) == pytest.approx(2 / 255)
+    assert scores.copy_threshold(dataset, "cpu", share=0.015) == pytest.approx(1 / 255)
+    assert scores.copy_threshold(dataset, "cpu", share=0.5) == pytest.approx(2 / 255)
     levels[50] = levels[51]  # a picture that is there twice
-    assert metrics.copy_threshold(make(dataset.images, None), "cpu") == 0
+    assert scores.copy_threshold(make(dataset.images, None), "cpu") == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_scores_as_the_cpu(few, cache):
     samples = noisy(few.images, 16)
-    expected = metrics.score(samples, few, config("fid", "prc"), cache, "cpu")
-    found = metrics.score(samples, few, config("fid", "prc"), cache, "cuda")
+    expected = scores.score(samples, few, config("fid", "prc"), cache, "cpu")
+    found = scores.score(samples, few, config("fid", "prc"), cache, "cuda")
     assert found["fid"] == pytest.approx(expected["fid"], rel=0.02)
-    distances, _ = metrics.nearest(samples.cuda(), few.to("cuda"), 1, "cuda")
-    torch.testing.assert_close(distances, metrics.nearest(samples, few, 1, "cpu")[0])
+    distances, _ = scores.nearest(samples.cuda(), few.to("cuda"), 1, "cuda")
+    torch.testing.assert_close(distances, scores.nearest(samples, few, 1, "cpu")[0])

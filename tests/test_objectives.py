@@ -6,17 +6,18 @@ import pytest
 import torch
 from conftest import analytic, golden, relative_error
 
-import losses
 import networks
-from draws import Draws
+from objectives import losses
 from objectives.common import like
 from objectives.ct import ConsistencyTraining, snr_weight
+from objectives.draws import Draws
 from objectives.ect import EasyConsistencyTuning
 from objectives.edm import EDM
 from objectives.ict import ImprovedConsistencyTraining
+from objectives.schedules import ict_index_probabilities
 from objectives.scm import ContinuousConsistency
 from objectives.tcm import TruncatedConsistency
-from schedules import ict_index_probabilities, karras_sigmas
+from sampler import karras_sigmas
 
 CT = golden("ct_losses")
 ECT = golden("ect_losses")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import EVERY, every_objective
 
-import checkpoint
+import checkpoints
 import config
-import trainer
+from training import trainer
 
 SETTINGS = {
     "train": {"precision": "fp64", "steps": 20, "log_every": 20, "save_every": 1000},
@@ -22,7 +22,7 @@ SETTINGS = {
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    state = checkpoint.load(folder / "checkpoints" / "last.ckpt")
+    state = checkpoints.load(folder / "checkpoints" / "last.ckpt")
     parts = {"model": state["model"], "objective": state["objective"], "ema": state["ema"][0]}
     return {f"{part}.{name}": v for part, values in parts.items() for name, v in values.items()}
 
@@ -55,7 +55,7 @@ def test_two_ranks_train_as_one_process(name, two_ranks, teacher, tmp_path):
 
 def test_two_ranks_stop_together(two_ranks):
     """The signal reached rank 1 alone; both finished that step, and rank 0 saved it."""
-    assert checkpoint.load(two_ranks / "abort" / "checkpoints" / "last.ckpt")["step"] == 4
+    assert checkpoints.load(two_ranks / "abort" / "checkpoints" / "last.ckpt")["step"] == 4
 
 
 @pytest.mark.parametrize("name", EVERY)

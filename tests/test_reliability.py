@@ -12,11 +12,11 @@ import torch
 from conftest import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
+import checkpoints
 import config
-import trainer
-from logs import RunLog
 from objectives.common import by_level
+from training import trainer
+from training.logs import RunLog
 
 SCRIPT = Path(__file__).with_name("reliability.py")
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_a_device_without_a_scaler_resumes_on_one_with(tmp_path)
     run = trainer.Trainer(tiny(tmp_path, train={"precision": "auto"}))
     run.step, run.saved = 2, 0
     state = {**run.state(), "scaler": {}}
-    checkpoint.save(state, tmp_path / "checkpoints", 2, 2)
+    checkpoints.save(state, tmp_path / "checkpoints", 2, 2)
     run.scaler = torch.amp.GradScaler("cpu")
     run.resume()
     assert run.step == 2 and run.scaler.get_scale() == 65536
@@ -82,7 +82,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
     run.save()
     run.close()
     assert "the weights are not finite" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
+    assert checkpoints.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
 
 
 def test_checkpoints_from_before_a_bad_streak_are_kept(tmp_path):
@@ -92,7 +92,7 @@ def test_checkpoints_from_before_a_bad_streak_are_kept(tmp_path):
         run.streak.fill_(streak)
         run.save()
     run.close()
-    assert [path.name for path in checkpoint.numbered(tmp_path / "checkpoints")] == [
+    assert [path.name for path in checkpoints.numbered(tmp_path / "checkpoints")] == [
         f"step-{i:08d}.ckpt" for i in (2, 3, 4, 5)
     ]
 
@@ -107,11 +107,11 @@ def test_a_bad_loss_is_in_the_bin_of_its_noise_level_alone():
 def test_a_crash_between_the_two_names_of_a_checkpoint_costs_no_step(tmp_path):
     run = trainer.Trainer(tiny(tmp_path))
     for run.step in (2, 4):
-        checkpoint.save(run.state(), tmp_path / "checkpoints", run.step, 2)
+        checkpoints.save(run.state(), tmp_path / "checkpoints", run.step, 2)
     last, older = tmp_path / "checkpoints" / "last.ckpt", tmp_path / "checkpoints" / "step-00000002.ckpt"
     last.unlink()
     last.hardlink_to(older)
-    path, state, problems = checkpoint.newest_good(last.parent)
+    path, state, problems = checkpoints.newest_good(last.parent)
     assert (path.name, state["step"], problems) == ("step-00000004.ckpt", 4, [])
 
 
@@ -152,10 +152,10 @@ def test_resuming_hides_the_curves_after_the_checkpoint(tmp_path):
 
 def test_appending_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    checkpoint.append(path, b"one\n")
+    checkpoints.append(path, b"one\n")
     (tmp_path / "link").symlink_to(path)
     with pytest.raises(OSError):
-        checkpoint.append(tmp_path / "link", b"two\n")
+        checkpoints.append(tmp_path / "link", b"two\n")
     assert path.read_bytes() == b"one\n"
 
 

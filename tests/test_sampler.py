@@ -7,7 +7,8 @@ from conftest import golden, relative_error
 import config
 import networks
 import sampler
-from draws import key, sample_noise
+from objectives.draws import key, sample_noise
+from sampling import drawing, plan
 
 CASE = golden("samplers")
 
@@ -49,10 +50,10 @@ def small(label_dim=0):
 @pytest.mark.parametrize("sigmas", [[80.0], [80.0, 0.8], [80.0, 5.0, 0.5]])
 def test_a_sample_does_not_depend_on_its_batch(sigmas):
     model = small(label_dim=3)
-    labels = sampler.draw_labels(4, range(10), [5, 3, 2])
-    whole = torch.cat(list(sampler.generate(model, 4, range(10), sigmas, labels=labels, batch_size=10)))
-    parts = torch.cat(list(sampler.generate(model, 4, range(10), sigmas, labels=labels, batch_size=3)))
-    one = torch.cat(list(sampler.generate(model, 4, [7], sigmas, labels=labels[7:8])))
+    labels = plan.draw_labels(4, range(10), [5, 3, 2])
+    whole = torch.cat(list(drawing.generate(model, 4, range(10), sigmas, labels=labels, batch_size=10)))
+    parts = torch.cat(list(drawing.generate(model, 4, range(10), sigmas, labels=labels, batch_size=3)))
+    one = torch.cat(list(drawing.generate(model, 4, [7], sigmas, labels=labels[7:8])))
     assert (whole - parts).abs().max() < 1 / 255 and (whole[7:8] - one).abs().max() < 1 / 255
     assert (whole[0] - whole[1]).abs().max() > 0.1
 
@@ -78,7 +79,7 @@ def test_every_evaluation_of_a_sample_sees_noise_of_its_own():
             seen.append(x.flatten())
             return torch.zeros_like(x)
 
-    next(sampler.generate(Nothing(), 0, range(50), [80.0, 5.0, 0.5]))
+    next(drawing.generate(Nothing(), 0, range(50), [80.0, 5.0, 0.5]))
     assert [float(x.std()) for x in seen] == pytest.approx([80, (25 - 0.09) ** 0.5, 0.4], rel=0.03)
     assert (torch.corrcoef(torch.stack(seen)) - torch.eye(3)).abs().max() < 0.05
 
@@ -88,7 +89,7 @@ def test_a_sample_is_of_the_class_asked_for(solver):
     model = small(label_dim=3)
 
     def draw(*labels):
-        return next(sampler.generate(model, 0, range(3), [80.0, 0.8], solver, torch.tensor(labels)))
+        return next(drawing.generate(model, 0, range(3), [80.0, 0.8], solver, torch.tensor(labels)))
 
     mixed = draw(0, 1, 2)
     assert all((mixed[i] - draw(i, i, i)[i]).abs().max() < 1 / 255 for i in range(3))
@@ -96,7 +97,7 @@ def test_a_sample_is_of_the_class_asked_for(solver):
 
 
 def test_labels_follow_the_training_set():
-    labels = sampler.draw_labels(0, range(6000), [100, 0, 200, 300])
+    labels = plan.draw_labels(0, range(6000), [100, 0, 200, 300])
     shares = torch.bincount(labels, minlength=4) / 6000
     assert shares[1] == 0 and torch.allclose(shares, torch.tensor([1, 0, 2, 3]) / 6, atol=0.03)
 
@@ -114,15 +115,15 @@ def test_levels():
 
 def test_plan_takes_heun_for_a_denoiser():
     edm = config.parse({"objective": {"name": "edm"}, "sample": {"heun_steps": 5}})
-    levels, solver = sampler.plan(edm)
+    levels, solver = plan.plan(edm)
     assert solver == "heun" and len(levels) == 5 and levels[-1] == pytest.approx(0.002)
-    assert sampler.plan(config.Config(), 1) == ([80.0], "multistep")
+    assert plan.plan(config.Config(), 1) == ([80.0], "multistep")
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8])
 def test_tcm_is_sampled_only_where_it_was_trained(steps):
     cfg = config.parse({"objective": {"name": "tcm", "t_prime": 1.0, "teacher": "x.ckpt"}})
-    levels, _ = sampler.plan(cfg, steps)
+    levels, _ = plan.plan(cfg, steps)
     assert len(levels) == steps and levels[0] == pytest.approx(80) and min(levels) >= 1.0
 
 
@@ -134,5 +135,5 @@ def test_guidance_mixes_the_model_with_and_without_labels():
         mixed = sampler.guided(model, 2.5)(x, sigma, class_labels=labels)
     assert not torch.allclose(null, own) and torch.allclose(mixed, null + 2.5 * (own - null))
     assert sampler.guided(model, 1) is model and sampler.guided(model, None) is model
-    draw = lambda w: next(sampler.generate(model, 0, range(4), [80.0], labels=torch.zeros(4).long(), guidance=w))  # noqa: E731
+    draw = lambda w: next(drawing.generate(model, 0, range(4), [80.0], labels=torch.zeros(4).long(), guidance=w))  # noqa: E731
     assert torch.equal(draw(None), draw(1)) and not torch.equal(draw(None), draw(3))

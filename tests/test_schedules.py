@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import GOLDEN, golden, relative_error
 
-import schedules
+import sampler
+from objectives import schedules
 
 NUMBERS = json.loads((GOLDEN / "schedules.json").read_text())
 
@@ -38,13 +39,13 @@ def test_ict_levels_double_at_equal_intervals_and_end_at_s1_plus_1():
 
 def test_karras_grid_matches_the_original_and_its_ends():
     reference = golden("samplers")["karras_sigmas18"]
-    assert relative_error(schedules.karras_sigmas(18), reference[:18]) < 1e-12
-    grid = schedules.karras_sigmas(5, 0.1, 10.0)
+    assert relative_error(sampler.karras_sigmas(18), reference[:18]) < 1e-12
+    grid = sampler.karras_sigmas(5, 0.1, 10.0)
     assert grid[0].item() == pytest.approx(10) and grid[-1].item() == pytest.approx(0.1)
 
 
 def test_ict_probabilities_are_the_normal_mass_between_levels():
-    sigmas = schedules.karras_sigmas(11).flip(0)
+    sigmas = sampler.karras_sigmas(11).flip(0)
     p = schedules.ict_index_probabilities(sigmas, -1.1, 2.0)
     assert p.shape == (10,) and p.sum().item() == pytest.approx(1)
     normal = torch.distributions.Normal(-1.1, 2.0)

@@ -13,10 +13,10 @@ from conftest import tiny
 from PIL import Image
 
 import generate
-import pictures
 import sampler
-import search
-import trainer
+from metrics import pictures
+from sampling import search
+from training import trainer
 
 
 def test_golden_section_finds_the_lowest_point():

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import config
-import objectives
 import sampler
-from draws import Draws
+from objectives.draws import Draws
+from training.build import build as objective_of
 
 B = 8
 SHAPES = [(B,), (B, 2), (B, 5, 3), (B, 1, 4, 4), (B, 2, 3, 4, 4)]
@@ -46,7 +46,7 @@ def build(name, model):
     raw = {"name": name, **SETTINGS.get(name, {}), **({"teacher": "unread.ckpt"} if needs_teacher else {})}
     precond = "trigflow" if name in ("sct", "scd") else "edm"
     cfg = config.parse({"objective": raw, "network": {"precond": precond}, "train": {"steps": 100}})
-    return objectives.build(cfg, model, Model() if needs_teacher else None).double()
+    return objective_of(cfg, model, Model() if needs_teacher else None).double()
 
 
 def run(name, x, state):

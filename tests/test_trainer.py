@@ -14,18 +14,18 @@ import torch
 from conftest import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
+import checkpoints
 import config
 import data
-import metrics
-import trainer
 from config import ConfigError
+from metrics import scores
+from training import trainer
 
 ROOT = Path(__file__).parent.parent
 
 
 def weights(folder):
-    state = checkpoint.load(folder / "checkpoints" / "last.ckpt")
+    state = checkpoints.load(folder / "checkpoints" / "last.ckpt")
     return {f"{part}.{k}": v for part in ("model", "objective") for k, v in state[part].items()} | {
         f"ema{i}.{k}": v for i, ema in enumerate(state["ema"]) for k, v in ema.items()
     }
@@ -106,7 +106,7 @@ def test_resume_refuses_another_config_and_extends_where_the_schedule_allows(tmp
     with pytest.raises(ConfigError, match=r"another config: train\.lr is 0\.001 there and 0\.5 here"):
         trainer.train(tiny(tmp_path, train={"lr": 0.5}), resume=True)
     trainer.train(tiny(tmp_path, train={"steps": 8}), resume=True)
-    assert checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 8
+    assert checkpoints.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 8
     trainer.train(tiny(tmp_path / "linear", train={"lr_decay": "linear"}))
     with pytest.raises(ConfigError, match=r"train\.steps is 6 there and 8 here"):
         trainer.train(tiny(tmp_path / "linear", train={"lr_decay": "linear", "steps": 8}), resume=True)
@@ -216,7 +216,7 @@ def test_init_from_takes_the_ema(tmp_path):
     trainer.train(tiny(tmp_path / "a"))
     path = tmp_path / "a" / "checkpoints" / "last.ckpt"
     run = trainer.Trainer(tiny(tmp_path / "b", train={"init_from": str(path)}))
-    assert same(run.model.state_dict(), checkpoint.load(path)["ema"][0])
+    assert same(run.model.state_dict(), checkpoints.load(path)["ema"][0])
 
 
 def test_init_from_a_model_trained_with_augmentation_labels(tmp_path):
@@ -224,21 +224,21 @@ def test_init_from_a_model_trained_with_augmentation_labels(tmp_path):
     path = tmp_path / "a" / "checkpoints" / "last.ckpt"
     plain = trainer.Trainer(tiny(tmp_path / "b", train={"init_from": str(path)})).model.eval()
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 80.0])
-    assert torch.allclose(plain(x, sigma), checkpoint.load_model(path)(x, sigma), atol=1e-6)
+    assert torch.allclose(plain(x, sigma), checkpoints.load_model(path)(x, sigma), atol=1e-6)
 
 
 def test_a_full_disk_costs_no_checkpoint_and_no_training(tmp_path, monkeypatch, capsys):
-    real = checkpoint.write_atomically
+    real = checkpoints.write_atomically
 
     def full(path, write):
         if path.name == "step-00000004.ckpt":
             raise OSError(28, "No space left on device")
         real(path, write)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    monkeypatch.setattr(checkpoints.state, "write_atomically", full)
     trainer.train(tiny(tmp_path))
     assert "step 4: no checkpoint could be written" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 6
+    assert checkpoints.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 6
 
 
 @pytest.mark.parametrize("error", [ValueError("nothing to sort"), config.ConfigError("a broken image"), MemoryError()])
@@ -249,15 +249,15 @@ def test_what_only_shows_the_run_may_fail(error, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer.Trainer, "write_grid", fails)
     trainer.train(tiny(tmp_path, sample={"every": 2}))
     assert f"warning: step 2: fails failed ({str(error) or 'MemoryError'})" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 6
+    assert checkpoints.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 6
 
 
 def test_a_best_checkpoint_that_cannot_be_written_stops_where_the_config_says_so(tmp_path, monkeypatch):
     def full(path, state):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_state", full)
-    monkeypatch.setattr(metrics, "score", lambda *args, **kwargs: {"fid": 1.0})
+    monkeypatch.setattr(checkpoints.state, "write_state", full)
+    monkeypatch.setattr(scores, "score", lambda *args, **kwargs: {"fid": 1.0})
     settings = {
         "metrics": {"every": 3, "num": 100, "features": "classifier"},
         "train": {"on_save_error": "stop", "save_every": 9},
@@ -290,7 +290,7 @@ def test_images_that_do_not_fit_on_the_device_stay_in_memory(tmp_path, monkeypat
     monkeypatch.setattr(data.Dataset, "to", full)
     trainer.train(tiny(tmp_path / "b"))
     assert "the images do not fit in cpu's memory" in capsys.readouterr().out
-    a, b = (checkpoint.load(tmp_path / r / "checkpoints" / "last.ckpt")["model"] for r in "ab")
+    a, b = (checkpoints.load(tmp_path / r / "checkpoints" / "last.ckpt")["model"] for r in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -311,28 +311,28 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert said.rstrip().endswith(f"python main.py --cfg {tmp_path}/r/config.yml --resume")
-    assert checkpoint.load(tmp_path / "r" / "checkpoints" / "last.ckpt")["step"] >= 2
+    assert checkpoints.load(tmp_path / "r" / "checkpoints" / "last.ckpt")["step"] >= 2
 
 
 def test_the_best_checkpoint_by_score_is_kept(tmp_path, monkeypatch):
     """Scores fall, rise and fall below: best.ckpt holds the last step, then a resumed run betters only a worse one."""
-    scores = iter([5.0, 3.0, 4.0])
-    monkeypatch.setattr(metrics, "score", lambda *args, **kwargs: {"fid": next(scores)})
+    figures = iter([5.0, 3.0, 4.0])
+    monkeypatch.setattr(scores, "score", lambda *args, **kwargs: {"fid": next(figures)})
     settings = {"every": 2, "num": 100, "features": "classifier", "at_end": False}
     trainer.train(tiny(tmp_path, metrics=settings))
-    best = checkpoint.load(tmp_path / "checkpoints" / "best.ckpt")
+    best = checkpoints.load(tmp_path / "checkpoints" / "best.ckpt")
     assert best["step"] == 4 and best["best"]["scores"] == {"fid": 3.0}
-    assert checkpoint.load_model(tmp_path / "checkpoints" / "best.ckpt") is not None
+    assert checkpoints.load_model(tmp_path / "checkpoints" / "best.ckpt") is not None
 
     scores = iter([3.5, 2.5])
     trainer.train(tiny(tmp_path, metrics=settings, train={"steps": 8}), resume=True)
-    assert checkpoint.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 4  # 3.5 is no better
+    assert checkpoints.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 4  # 3.5 is no better
     trainer.train(tiny(tmp_path, metrics=settings, train={"steps": 10}), resume=True)
-    assert checkpoint.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 10
+    assert checkpoints.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 10
 
     scores = iter([9.0])  # by another metric figures do not compare
     trainer.train(tiny(tmp_path, metrics={**settings, "num": 200}, train={"steps": 12}), resume=True)
-    assert checkpoint.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 12
+    assert checkpoints.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 12
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_the_best_checkpoint_by_score_is_kept(tmp_path, monkeypatch):
     ],
 )
 def test_better_knows_which_way_a_figure_points(new, old, is_better):
-    assert metrics.better(new, old) is is_better
+    assert scores.better(new, old) is is_better
 
 
 def test_sampling_and_scoring_do_not_count_as_training(tmp_path, monkeypatch):

@@ -9,15 +9,15 @@ import pytest
 import torch
 from conftest import tiny
 
-import checkpoint
+import checkpoints
 import config
 import data
-import formats
 import generate
-import trainer
-import vectors
+from checkpoints import formats
 from networks import MLP, Preconditioner
 from objectives.scm import network as trigflow_network
+from sources import vectors
+from training import trainer
 
 RNG = np.random.default_rng(0)
 STATES = RNG.normal(size=(300, 3)) * [1, 10, 0.1] + [5, 0, -2]
@@ -247,7 +247,7 @@ def test_networks_and_data_that_do_not_fit_are_one_line(tmp_path):
 
 
 def weights(folder):
-    state = checkpoint.load(folder / "checkpoints" / "last.ckpt")
+    state = checkpoints.load(folder / "checkpoints" / "last.ckpt")
     return {f"{part}.{k}": v for part in ("model", "objective") for k, v in state[part].items()} | {
         f"ema.{k}": v for k, v in state["ema"][0].items()
     }
@@ -304,7 +304,7 @@ def test_a_run_on_vectors_learns_and_scores(run, capsys):
     with np.load(run / "samples" / "step-00000500.npz") as arrays:
         assert arrays["vectors"].shape == (4, 2) and arrays["conditions"].shape == (4, 3)
         assert all((np.abs(STATES.astype(np.float32) - c).sum(1) == 0).any() for c in arrays["conditions"])
-    model = checkpoint.load_model(run / "checkpoints" / "last.ckpt")
+    model = checkpoints.load_model(run / "checkpoints" / "last.ckpt")
     assert np.allclose(model.scaling.condition_mean, STATES.mean(0), rtol=1e-4, atol=1e-4)
     assert (model.scaling.low.tolist(), model.scaling.bounds) == (LOW.tolist(), "tanh")
 
@@ -410,12 +410,12 @@ def test_a_model_of_vectors_goes_through_safetensors(run, tmp_path):
     ckpt = run / "checkpoints" / "last.ckpt"
     formats.export_checkpoint(ckpt, tmp_path / "out", "safetensors")
     formats.import_checkpoint(tmp_path / "out" / "model.safetensors", tmp_path / "back.ckpt", None)
-    there, back = checkpoint.load_model(ckpt), checkpoint.load_model(tmp_path / "back.ckpt")
+    there, back = checkpoints.load_model(ckpt), checkpoints.load_model(tmp_path / "back.ckpt")
     assert back.scaling.values() == there.scaling.values()
     x, c = torch.randn(3, 2), torch.randn(3, 3)
     assert torch.equal(back(x, torch.ones(3), condition=c), there(x, torch.ones(3), condition=c))
     for kind in ("onnx", "diffusers"):
-        with pytest.raises(checkpoint.CheckpointError, match=f"--to {kind}"):
+        with pytest.raises(checkpoints.CheckpointError, match=f"--to {kind}"):
             formats.export_checkpoint(ckpt, tmp_path / kind, kind)
 
 
@@ -434,7 +434,7 @@ def test_sct_starts_from_the_denoiser_that_an_edm_run_left(tmp_path):
     path = save(tmp_path, vectors=ACTIONS, conditions=STATES)
     trainer.train(vector_run(tmp_path / "edm", path, objective={"name": "edm"}, train={"lr": 0.05}))
     ckpt = str(tmp_path / "edm" / "checkpoints" / "last.ckpt")
-    there = checkpoint.load_model(ckpt)
+    there = checkpoints.load_model(ckpt)
     settings = {"objective": {"name": "sct", "warmup": 4}, "network": {"precond": "trigflow"}}
     here = trainer.Trainer(vector_run(tmp_path / "sct", path, **settings, train={"init_from": ckpt})).model.eval()
     x, sigma, condition = torch.randn(3, 2), torch.tensor([0.1, 1.0, 80.0]), torch.randn(3, there.condition_dim)
@@ -448,7 +448,7 @@ def test_the_best_checkpoint_on_vectors_has_the_lowest_distance(tmp_path, monkey
     monkeypatch.setattr(vectors, "score", lambda *rest: ({"w2": next(distances), "w2_of_data": 0.5}, 100))
     path = save(tmp_path, vectors=ACTIONS, conditions=STATES)
     trainer.train(vector_run(tmp_path / "r", path, metrics={"every": 2}))
-    best = checkpoint.load(tmp_path / "r" / "checkpoints" / "best.ckpt")
+    best = checkpoints.load(tmp_path / "r" / "checkpoints" / "best.ckpt")
     assert (best["step"], best["best"]["scores"]["w2"]) == (4, 1.0)
 
 

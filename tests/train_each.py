@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import main
-import trainer
+from training import trainer
 
 torch.set_num_threads(1)
 step = trainer.Trainer.train_step

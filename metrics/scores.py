@@ -35,8 +35,8 @@ from torch_fidelity.utils import create_feature_extractor
 
 import config
 import data
-from checkpoint import write_atomically
-from networks.classifier import Classifier
+from checkpoints.state import write_atomically
+from metrics.classifier_network import Classifier
 
 SILENCE = 10.0  # seconds without a byte after which a download is given up
 CLASSIFIER_VERSION = 1  # raise it when the classifier or its training changes: cached ones are then left alone

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import metrics
-import pictures
 import sampler
-from checkpoint import write_atomically
+from checkpoints.state import write_atomically
 from config import Config, ConfigError
 from data import Dataset
+from metrics import pictures, scores
+from sampling import plan
 
 if TYPE_CHECKING:
-    from drawing import Drawing
+    from sampling.drawing import Drawing
 
 
 def search(
@@ -39,16 +39,16 @@ def search(
 
     def score(sigmas: list[float]) -> float:
         images = replace(drawing, sigmas=sigmas).stream()
-        value = metrics.score(images, dataset, settings, cfg.data.dir, device)[name]
+        value = scores.score(images, dataset, settings, cfg.data.dir, device)[name]
         print(f"  {value:10.4g}   {_short(sigmas)}", flush=True)
         return value
 
-    print(f"{drawing.num:,} samples a trial, seed {drawing.seed}; {metrics.features_name(settings)}")
+    print(f"{drawing.num:,} samples a trial, seed {drawing.seed}; {scores.features_name(settings)}")
     print(f"  {name:>10}   levels")
     n = cfg.network
     score([n.sigma_max])
-    for sigmas, value in sampler.search_levels(score, steps, n.sigma_max, sampler.lowest_level(cfg)):
-        entry = {"sigmas": sigmas, name: value, "features": metrics.features_name(settings), "samples": drawing.num}
+    for sigmas, value in sampler.search_levels(score, steps, n.sigma_max, plan.lowest_level(cfg)):
+        entry = {"sigmas": sigmas, name: value, "features": scores.features_name(settings), "samples": drawing.num}
         remember(path, len(sigmas), {**entry, "seed": drawing.seed, "step": step})
         print(f"--steps {len(sigmas)}: {_short(sigmas)}: {name} {value:.4g}, kept in {path}", flush=True)
 
@@ -67,13 +67,13 @@ def sweep(
     rows: dict[int, dict[str, float]] = {}
     for steps, (sigmas, solver) in plans.items():
         trial = replace(drawing, sigmas=sigmas, solver=solver)
-        rows[steps] = metrics.score(trial.stream(), dataset, cfg.metrics, cfg.data.dir, device)
+        rows[steps] = scores.score(trial.stream(), dataset, cfg.metrics, cfg.data.dir, device)
         if len(rows) == 1:
             print("steps" + "".join(f"{name:>11}" for name in rows[steps]) + "   levels")
         values = "".join(f"{value:11.4g}" for value in rows[steps].values())
         print(f"{steps:5}{values}   {_short(sigmas)}  ({trial.speed()})", flush=True)
     name = next(iter(rows[steps]))
-    title = f"{name} ({metrics.features_name(cfg.metrics)}, {drawing.num:,} samples)"
+    title = f"{name} ({scores.features_name(cfg.metrics)}, {drawing.num:,} samples)"
     values = [row[name] for row in rows.values()]
     pictures.write_png(pictures.plot(list(rows), values, "evaluations of the network for a sample", title), path)
     print(f"written: {path}")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
-from checkpoint import write_atomically
+from checkpoints.state import write_atomically
 
 
 def grid(images: torch.Tensor, columns: int | None = None, tile: int = 48) -> torch.Tensor:

@@ -20,7 +20,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
-from checkpoint import append, write_atomically
+from checkpoints.state import append, write_atomically
 
 
 class RunLog:

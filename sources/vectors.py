@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from config import ConfigError
-from draws import key
+from objectives.draws import key
 
 SQUASHED = 0.999  # tanh reaches its bounds only at infinity: data nearer than this to them are moved here
 SCORED = 2000  # most vectors in a score: its time grows with their number's cube

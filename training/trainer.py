@@ -14,18 +14,21 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import one_hot
 
-import checkpoint
+import checkpoints
 import config
 import data
-import metrics
 import networks
-import objectives
-import pictures
-import sampler
-import vectors
-from augment import AUGMENT_DIM, augment
 from config import Config, ConfigError, RunFailed
-from devices import (
+from ema import EMA, decay_from_half_life
+from metrics import pictures, scores
+from objectives.draws import Draws, key
+from objectives.losses import WeightsMissing
+from sampling import plan
+from sampling.drawing import Drawing
+from sources import vectors
+from sources.augment import AUGMENT_DIM, augment
+from training import build
+from training.devices import (
     any_rank,
     from_rank_0,
     of_any_rank,
@@ -36,12 +39,8 @@ from devices import (
     rank_0_first,
     wait_for_all,
 )
-from drawing import Drawing
-from draws import Draws, key
-from ema import EMA, decay_from_half_life
-from flat import FlatParameters
-from logs import RunLog
-from losses import WeightsMissing
+from training.flat import FlatParameters
+from training.logs import RunLog
 
 # Settings that a resumed run may change: they decide where and how fast it runs, not what it computes.
 FREE = frozenset(
@@ -66,7 +65,7 @@ def train(cfg: Config, resume: bool = False) -> None:
             f"run.dir: {folder} already holds a run; add --resume to continue it, or name another folder: "
             f"run.dir={folder}-2"
         )
-    checkpoint.refuse_links(folder)
+    checkpoints.refuse_links(folder)
     try:
         run = Trainer(cfg)
         if resume:
@@ -135,7 +134,7 @@ class Trainer:
             }
         self.model = self._build_model()
         try:
-            self.objective = objectives.build(cfg, self.model, self._load_teacher()).to(self.device)
+            self.objective = build.build(cfg, self.model, self._load_teacher()).to(self.device)
         except WeightsMissing as error:
             raise ConfigError(str(error)) from None
         self.unit = getattr(self.objective, "unit", 1)  # images that belong together in a pass
@@ -168,7 +167,7 @@ class Trainer:
         model.scaling = self.scaling
         start = self.cfg.train.init_from or self._teacher_path()
         if start:
-            checkpoint.initialise(model, start)
+            checkpoints.initialise(model, start)
         model = model.to(self.device, memory_format=self.layout).train()
         for block in model.modules():
             if hasattr(block, "checkpointing"):
@@ -186,7 +185,7 @@ class Trainer:
         path = self._teacher_path()
         if path is None:
             return None
-        teacher = checkpoint.load_model(path, self.device)
+        teacher = checkpoints.load_model(path, self.device)
         for name, here in self.shape.items():
             there = getattr(teacher, {"resolution": "img_resolution", "channels": "img_channels"}.get(name, name))
             if there != here and (name != "augment_dim" or here):
@@ -246,7 +245,7 @@ class Trainer:
         if self.rank == 0:
             try:
                 self.write_config()
-                checkpoint.sweep(self.folder)
+                checkpoints.sweep(self.folder)
             except OSError as error:
                 raise ConfigError(f"run.dir: {self.folder} cannot be written: {error.strerror}") from None
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -262,7 +261,7 @@ class Trainer:
     def write_config(self) -> None:
         """config.yml of the run folder: every setting of this run."""
         text = config.dump(self.cfg).encode()
-        checkpoint.write_atomically(self.folder / "config.yml", lambda file: file.write(text))
+        checkpoints.write_atomically(self.folder / "config.yml", lambda file: file.write(text))
 
     def close(self) -> None:
         """Close the logs and give the signals back."""
@@ -318,7 +317,7 @@ class Trainer:
         if self.rank != 0:
             return
         keep = sys.maxsize if self.streak else self.cfg.train.keep
-        if self.write_checkpoint(lambda: checkpoint.save(self.state(), self.folder / "checkpoints", self.step, keep)):
+        if self.write_checkpoint(lambda: checkpoints.save(self.state(), self.folder / "checkpoints", self.step, keep)):
             self.saved = self.step
 
     def write_checkpoint(self, write: Callable[[], Any]) -> bool:
@@ -347,13 +346,13 @@ class Trainer:
     def resume(self) -> None:
         """Take the state of the newest whole checkpoint of the run folder; stay at step 0 where none was saved yet."""
         folder = self.folder / "checkpoints"
-        if not checkpoint.saved(folder):
+        if not checkpoints.saved(folder):
             print(f"{self.folder}: nothing is saved there yet: starting at step 0", file=sys.stderr)
             return
-        path, state, problems = checkpoint.newest_good(folder)
+        path, state, problems = checkpoints.newest_good(folder)
         for problem in problems:
             print(f"warning: {problem}; going on from {path}", file=sys.stderr)
-        self._check_same(checkpoint.config_of(state, path), path)
+        self._check_same(checkpoints.config_of(state, path), path)
         if self.scaling is not None and state["data"]["scaling"] != self.scaling.values():
             raise ConfigError(f"data.path: {self.cfg.data.path} does not hold the vectors that {path} was trained on")
         try:
@@ -366,7 +365,7 @@ class Trainer:
                 self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise checkpoint.CheckpointError(f"{path}: does not fit this run ({reason})") from None
+            raise checkpoints.CheckpointError(f"{path}: does not fit this run ({reason})") from None
         self.skipped.fill_(state.get("skipped", 0))
         self.step = self.saved = state["step"]
         if self.cfg.train.microbatch == "auto":  # what was found holds: the sums' order is part of a run's numbers
@@ -374,8 +373,8 @@ class Trainer:
         best = folder / "best.ckpt"
         if best.exists():
             try:
-                self.best = checkpoint.load(best)["best"]
-            except (checkpoint.CheckpointError, KeyError) as error:
+                self.best = checkpoints.load(best)["best"]
+            except (checkpoints.CheckpointError, KeyError) as error:
                 print(f"warning: {error}; the next score makes a new one", file=sys.stderr)
 
     def _check_same(self, saved: Config, path: Path) -> None:
@@ -623,7 +622,7 @@ class Trainer:
 
         uint8 images (count, C, H, W), or float32 vectors (count, ...) in their own units.
         """
-        sigmas, solver = sampler.plan(self.cfg)
+        sigmas, solver = plan.plan(self.cfg)
         batch = min(256, self.microbatch)  # what training has memory for
         what = (self.emas[0].module, self.cfg.run.seed, count, sigmas, solver, labels, batch)
         return Drawing(*what, self.cfg.sample.guidance, conditions).draw(0, count)
@@ -651,7 +650,7 @@ class Trainer:
         count, path = self.cfg.sample.grid, self.folder / "samples" / f"step-{self.step:08d}.npz"
         conditions = self.dataset.draw_conditions(self.cfg.run.seed, range(count))
         drawn = self.samples(count, conditions=conditions)
-        checkpoint.write_atomically(path, lambda file: vectors.write(drawn, conditions, file))
+        checkpoints.write_atomically(path, lambda file: vectors.write(drawn, conditions, file))
         self.log.say(f"samples: {path}")
 
     def score_vectors(self) -> None:
@@ -673,24 +672,24 @@ class Trainer:
             self.score_vectors()
             return
         cfg, counts = self.cfg.metrics, self.class_counts()
-        labels = sampler.draw_labels(self.cfg.run.seed, range(cfg.num), counts) if counts else None
+        labels = plan.draw_labels(self.cfg.run.seed, range(cfg.num), counts) if counts else None
         try:
             images = self.samples(cfg.num, labels)
-            scores = metrics.score(images, self.dataset, cfg, self.cfg.data.dir, self.device, log=self.log.say)
-        except metrics.ScoreError as error:
+            found = scores.score(images, self.dataset, cfg, self.cfg.data.dir, self.device, log=self.log.say)
+        except scores.ScoreError as error:
             self.log.say(f"no score: {error}")
             return
-        self.log.curves(self.step, scores)
-        self.log.say(f"score: {metrics.describe(scores, cfg, cfg.num)}")
+        self.log.curves(self.step, found)
+        self.log.say(f"score: {scores.describe(found, cfg, cfg.num)}")
         if cfg.every:
-            self.keep_best(scores)
+            self.keep_best(found)
 
     def keep_best(self, scores: dict[str, float]) -> None:
         """Keep this step as best.ckpt if it scores better, by the same metric, than the one there."""
         metric = self.cfg.metrics.model_dump(exclude={"every", "at_end"})
-        if self.best is None or self.best["metric"] != metric or metrics.better(scores, self.best["scores"]):
+        if self.best is None or self.best["metric"] != metric or scores.better(scores, self.best["scores"]):
             best, path = {"metric": metric, "scores": scores}, self.folder / "checkpoints" / "best.ckpt"
-            if self.write_checkpoint(lambda: checkpoint.write_state(path, {**self.state(), "best": best})):
+            if self.write_checkpoint(lambda: checkpoints.write_state(path, {**self.state(), "best": best})):
                 self.best = best
 
     def say_next(self) -> None:

@@ -1,4 +1,4 @@
-"""Noise grids, step counts, EMA rates, the pairing t -> r and noise-level distributions, as pure functions.
+"""Step counts, EMA rates, the pairing t -> r and noise-level distributions, as pure functions.
 
 sigma is the noise level of x_sigma = x + sigma z (the papers' t in the EDM family), k the current step, K the run's.
 """
@@ -8,19 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-
-
-def karras_sigmas(
-    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device: torch.device | str = "cpu"
-) -> torch.Tensor:
-    """n noise levels from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho): float64 (n,).
-
-    2206.00364 eq. 5. n >= 2.
-    """
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64, device=device)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + ramp * (low - high)) ** rho
-
 
 # CT (Song et al. 2023, 2303.01469) ------------------------------------------------------------------------------------
 

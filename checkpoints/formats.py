@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoint
+import checkpoints
 import config
 import networks
-from checkpoint import CheckpointError
+from checkpoints.state import CheckpointError
 
 Weights = dict[str, Tensor]
 State = dict[str, Any]
@@ -53,9 +53,9 @@ def import_checkpoint(source: str | Path, target: str | Path, arch: str | Path |
             raise CheckpointError(f"{path}: is there already, and nothing is written over; name another file")
     state, notes = read(source, arch)
     state = _checked(state, source)
-    cfg = checkpoint.config_of(state, source)
-    checkpoint.write_state(target, state)
-    checkpoint.write_atomically(settings, lambda file: file.write(config.dump(cfg).encode()))
+    cfg = checkpoints.config_of(state, source)
+    checkpoints.write_state(target, state)
+    checkpoints.write_atomically(settings, lambda file: file.write(config.dump(cfg).encode()))
     return [*notes, f"written: {target}", f"written: {settings} (its settings, for generate.py --cfg)"]
 
 
@@ -101,7 +101,7 @@ def _state(
 def _checked(state: State, path: Path) -> State:
     """The state with the weights as our network has them: complete, of the right shapes, float32."""
     try:
-        weights = checkpoint.model_from(state, path).state_dict()
+        weights = checkpoints.model_from(state, path).state_dict()
     except config.ConfigError:
         raise
     except Exception as error:
@@ -334,7 +334,7 @@ def _from_openai(weights: Weights, told: dict[str, Any], path: Path) -> State:
     objective = {"name": "ct" if network["precond"] == "cm" else "edm"}
     raw = {"data": data, "network": network, "objective": objective}
     state = _state(raw, shape, _equal_counts(shape["label_dim"]), {}, path)
-    model = networks.build(checkpoint.config_of(state, path).network, **shape)
+    model = networks.build(checkpoints.config_of(state, path).network, **shape)
     renamed = _openai_renamed(weights, model, path)
     return {**state, "model": renamed, "ema": [renamed]}
 
@@ -529,8 +529,8 @@ def export_checkpoint(source: str | Path, folder: str | Path, to: str) -> list[s
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already, and nothing is written over; name another folder")
-    state = checkpoint.load(source)
-    model = checkpoint.model_from(state, source)
+    state = checkpoints.load(source)
+    model = checkpoints.model_from(state, source)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 
 import data
 import networks
-import sampler
+from objectives.draws import sample_noise
+from sampler import guided, heun, multistep
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Drawing:
         started = time.perf_counter()
         labels = None if self.labels is None else self.labels[start:stop]
         indices, conditions = range(start, stop), None if self.conditions is None else self.conditions[start:stop]
-        batches = sampler.generate(
+        batches = generate(
             self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch, self.guidance, conditions
         )
         images = torch.cat([(data.to_uint8(x) if self.model.scaling is None else x).cpu() for x in batches])
@@ -102,3 +103,42 @@ class Stream:
             self.held = None  # before the next is read: never two
             self.held = (i, self.read(i))
         return self.held[1]
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,  # networks.Preconditioner, in eval mode
+    seed: int,
+    indices: Sequence[int],  # which samples of this seed
+    sigmas: Sequence[float],  # noise levels, descending; see multistep and heun
+    solver: str = "multistep",  # or "heun"
+    labels: torch.Tensor | None = None,  # int64 (len(indices),), the class of each, for a conditional model
+    batch_size: int = 256,
+    guidance: float | None = None,  # see guided
+    conditions: torch.Tensor | None = None,  # float32 (len(indices), K), in their own units, for vectors
+) -> Iterator[torch.Tensor]:
+    """Batches of samples (B, C, H, W), float32 in [-1, 1], or vectors (B, ...) in their own units, by `indices`' order.
+
+    Sample i of a seed starts from the same noise, whatever batch, device or process it is drawn in.
+    """
+    device = next(model.parameters()).device
+    denoiser = guided(model, guidance)
+    shape, scaling = model.shape, model.scaling
+    for start in range(0, len(indices), batch_size):
+        own = indices[start : start + batch_size]
+        z = sample_noise(seed, own, shape).to(device)
+        given = {}
+        if labels is not None:
+            classes = labels[start : start + batch_size]
+            given["class_labels"] = torch.nn.functional.one_hot(classes, model.label_dim).to(device, z.dtype)
+        if conditions is not None:
+            given["condition"] = scaling.condition(conditions[start : start + batch_size].to(device))
+        if solver == "heun":
+            x = heun(denoiser, z, sigmas, **given)
+        else:
+
+            def noise_at(i: int, own: Sequence[int] = own) -> torch.Tensor:
+                return sample_noise(seed, own, shape, f"step {i}").to(device)
+
+            x = multistep(denoiser, z, sigmas, noise_at, model.sigma_min, **given)
+        yield x.clamp(-1, 1) if scaling is None else scaling.restore(x)

@@ -13,7 +13,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from draws import Draws
+from objectives.draws import Draws
 
 AUGMENT_DIM = 9  # labels per image
 SCALE = 2**0.2  # one standard deviation of isotropic and of anisotropic scaling

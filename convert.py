@@ -1,0 +1,47 @@
+"""Other people's checkpoints: python convert.py import SRC DST, python convert.py export CKPT DIR --to FORMAT"""
+
+from __future__ import annotations
+
+import sys
+
+from checkpoints import formats
+from config import Arguments, ConfigError, path_text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Other people's formats, both ways (see formats.py). Exit code: 0 when done, 2 for bad input."""
+    parser = Arguments(description="Read and write other people's checkpoints.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", help="make a checkpoint of an EDM pickle, an OpenAI .pt or a safetensors file")
+    add.add_argument("source", type=path_text, metavar="SRC", help="the file to read; nothing in it is run")
+    add.add_argument(
+        "target", type=path_text, metavar="DST", help="the checkpoint to write; its settings go to DST.yml"
+    )
+    add.add_argument(
+        "--arch",
+        type=path_text,
+        metavar="FILE.json",
+        help="for OpenAI's files: image_size, num_head_channels, dropout, precond",
+    )
+    add = commands.add_parser("export", help="write a checkpoint's EMA weights for other programs")
+    add.add_argument("source", type=path_text, metavar="CKPT", help="a checkpoint of this project")
+    add.add_argument("target", type=path_text, metavar="DIR", help="a new folder")
+    add.add_argument("--to", required=True, choices=tuple(formats.EXPORTS), help="what to write")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "import":
+            lines = formats.import_checkpoint(args.source, args.target, args.arch)
+        else:
+            lines = formats.export_checkpoint(args.source, args.target, args.to)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        print(f"{args.target}: cannot be written: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

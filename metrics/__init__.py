@@ -1,0 +1,1 @@
+"""Scores of samples, the networks they look through, and pictures."""

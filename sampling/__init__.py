@@ -1,0 +1,1 @@
+"""What is to be drawn from a model, how, and where it is kept."""
