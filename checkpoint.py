@@ -1,9 +1,13 @@
-"""The old name of convert.py, so that commands written down before still work."""
+"""The old name of convert.py: commands and scripts written down before still work."""
 
 import sys
 
-import convert
+from checkpoints import CheckpointError, load, load_model
+
+__all__ = ["CheckpointError", "load", "load_model"]
 
 if __name__ == "__main__":
+    import convert
+
     print("checkpoint.py is now called convert.py: python convert.py import|export ...", file=sys.stderr)
     sys.exit(convert.main())

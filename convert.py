@@ -1,6 +1,8 @@
-"""Other people's checkpoints: python convert.py import SRC DST, python convert.py export CKPT DIR --to FORMAT"""
+"""Other people's checkpoints, in and out: the convert command.
 
-from __future__ import annotations
+python convert.py import SRC DST [--arch FILE.json]
+python convert.py export CKPT DIR --to diffusers|safetensors|onnx
+"""
 
 import sys
 
@@ -9,20 +11,14 @@ from config import Arguments, ConfigError, path_text
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Other people's formats, both ways (see formats.py). Exit code: 0 when done, 2 for bad input."""
+    """Convert as `argv` says. Exit code: 0 when done, 2 for bad input."""
     parser = Arguments(description="Read and write other people's checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="make a checkpoint of an EDM pickle, an OpenAI .pt or a safetensors file")
     add.add_argument("source", type=path_text, metavar="SRC", help="the file to read; nothing in it is run")
-    add.add_argument(
-        "target", type=path_text, metavar="DST", help="the checkpoint to write; its settings go to DST.yml"
-    )
-    add.add_argument(
-        "--arch",
-        type=path_text,
-        metavar="FILE.json",
-        help="for OpenAI's files: image_size, num_head_channels, dropout, precond",
-    )
+    add.add_argument("target", type=path_text, metavar="DST", help="the checkpoint to write; its settings: DST.yml")
+    told = "for OpenAI's files: image_size, num_head_channels, dropout, precond"
+    add.add_argument("--arch", type=path_text, metavar="FILE.json", help=told)
     add = commands.add_parser("export", help="write a checkpoint's EMA weights for other programs")
     add.add_argument("source", type=path_text, metavar="CKPT", help="a checkpoint of this project")
     add.add_argument("target", type=path_text, metavar="DIR", help="a new folder")

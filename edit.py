@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import config
 from config import Config, ConfigError
-from generate import check_network, chosen_labels, chosen_levels, count, evaluations, natural, new_folder, numbers
+from sampling import choices
+from sampling.choices import count, evaluations, natural, numbers
 
 if TYPE_CHECKING:
     import torch
@@ -62,28 +63,16 @@ def arguments() -> config.Arguments:
         epilog="tasks: " + "; ".join(f"{name}: {what}" for name, (what, _, _) in TASKS.items()),
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, path = parser.add_argument, config.path_text
     add("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    add("--cfg", type=config.path_text, required=True, metavar="FILE", help="settings of the run: its own config.yml")
-    add(
-        "--ckpt",
-        type=config.path_text,
-        required=True,
-        metavar="FILE",
-        help="checkpoint, as runs/NAME/checkpoints/last.ckpt",
-    )
-    add(
-        "--input",
-        type=config.path_text,
-        required=True,
-        nargs="+",
-        metavar="FILE",
-        help="pictures or folders of them; interpolate takes two",
-    )
-    add("--out", type=config.path_text, required=True, metavar="DIR", help="new folder for the results and strips")
+    add("--cfg", type=path, required=True, metavar="FILE", help="settings of the run: its own config.yml")
+    add("--ckpt", type=path, required=True, metavar="FILE", help="checkpoint, as runs/NAME/checkpoints/last.ckpt")
+    pictures = "pictures or folders of them; interpolate takes two"
+    add("--input", type=path, required=True, nargs="+", metavar="FILE", help=pictures)
+    add("--out", type=path, required=True, metavar="DIR", help="new folder for the results and strips")
     add(
         "--mask",
-        type=config.path_text,
+        type=path,
         metavar="FILE|x0,y0,x1,y1",
         help="inpaint: what to fill in. A black and white image: the white; a drawing on a transparent or a plain "
         "coloured ground: every stroke; or a box in the input's pixels, right and bottom edge not included",
@@ -96,13 +85,9 @@ def arguments() -> config.Arguments:
         help="denoise: the noise level, with pixels in [-1, 1] [estimated]; stroke, interpolate: how much noise hides "
         "the input, more changes more [5.38 for 256 pixels, less for fewer, at least sigma_data]",
     )
-    levels = parser.add_mutually_exclusive_group()
-    levels.add_argument(
-        "--steps", type=evaluations, metavar="S", help="evaluations a result [40; stroke, interpolate 3, denoise 1]"
-    )
-    levels.add_argument(
-        "--sigmas", type=numbers, metavar="80,20,...", help="the noise levels of the evaluations instead"
-    )
+    levels = parser.add_mutually_exclusive_group().add_argument
+    levels("--steps", type=evaluations, metavar="S", help="evaluations a result [40; stroke, interpolate 3, denoise 1]")
+    levels("--sigmas", type=numbers, metavar="80,20,...", help="the noise levels of the evaluations instead")
     add("--seed", type=natural, default=0, metavar="K", help="the same seed gives the same results [0]")
     add("--class", type=natural, dest="class_index", metavar="C", help="class of the results [drawn, one by one]")
     add("--num", type=count, metavar="N", help="results for each input [4; denoise 1, interpolate 8]")
@@ -148,13 +133,13 @@ def run(args: argparse.Namespace, cfg: Config) -> int:
     paths = input_files(args)
     device = pick_device(cfg.run.device)
     state = checkpoints.load(args.ckpt)
-    check_network(cfg, checkpoints.config_of(state, args.ckpt), args.ckpt)
+    choices.check_network(cfg, checkpoints.config_of(state, args.ckpt), args.ckpt)
     model = checkpoints.model_from(state, args.ckpt, args.ema).to(device)
     check_model(args, model)
     num = args.num or TASKS[args.task][1]
     classes = chosen_classes(args, num, model)
     problems = [prepare(args, cfg, model, path) for path in paths]  # all that can be wrong is said before any work
-    out = new_folder(args, cfg)
+    out = choices.new_folder(args, cfg)
 
     if args.task == "interpolate":
         jobs = [(f"{problems[0].name}_to_{problems[1].name}", problems)]
@@ -179,13 +164,13 @@ def run(args: argparse.Namespace, cfg: Config) -> int:
 
 def input_files(args: argparse.Namespace) -> list[Path]:
     """The pictures that --input names, those of a folder by name."""
-    import data
+    from sources.files import SUFFIXES
 
     paths = []
     for path in map(Path, args.input):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower()[1:] in data.SUFFIXES) if path.is_dir() else [path]
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower()[1:] in SUFFIXES) if path.is_dir() else [path]
         if not inside:
-            raise ConfigError(f"--input: {path} is a folder without pictures ({', '.join(data.SUFFIXES)})")
+            raise ConfigError(f"--input: {path} is a folder without pictures ({', '.join(SUFFIXES)})")
         paths += inside
     if args.task == "interpolate" and len(paths) != 2:
         raise ConfigError(f"--input: interpolate takes two pictures, and here are {len(paths)}")
@@ -196,7 +181,7 @@ def input_files(args: argparse.Namespace) -> list[Path]:
 
 def check_model(args: argparse.Namespace, model: Preconditioner) -> None:
     """Refuse a model that cannot do the task. Raises ConfigError."""
-    if model.scaling is not None:
+    if model.codec.kind != "images":
         raise ConfigError(f"--ckpt: {args.ckpt} makes vectors; editing is for images")
     if args.task == "colorize" and model.img_channels == 1:
         raise ConfigError(f"colorize: {args.ckpt} makes grey pictures; it takes a model trained with data.channels: 3")
@@ -210,7 +195,7 @@ def check_model(args: argparse.Namespace, model: Preconditioner) -> None:
 
 def chosen_classes(args: argparse.Namespace, num: int, model: Preconditioner) -> torch.Tensor | None:
     """int64 (num,), the class of each result, or None without labels; one for the whole of an interpolation."""
-    labels = chosen_labels(args, 1 if args.task == "interpolate" else num, model)
+    labels = choices.chosen_labels(args, 1 if args.task == "interpolate" else num, model.codec)
     if labels is None:
         return None
     if args.class_index is None:
@@ -224,6 +209,7 @@ def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: 
     import data
     from objectives.draws import sample_noise
     from sampling import editing
+    from sources.images import fit_channels
 
     resolution, factor = model.img_resolution, args.factor or 1
     small = args.task == "superres" and min(picture(path, "--input").size) < resolution
@@ -241,7 +227,7 @@ def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: 
     elif args.task == "superres":
         constraint = editing.super_resolution(factor)
     if args.task == "colorize":  # as a picture, grey has three equal channels
-        seen = data.fit_channels(data.fit_channels(image[None], 1), 3)[0]
+        seen = fit_channels(fit_channels(image[None], 1), 3)[0]
     elif constraint:
         seen = data.to_uint8(editing.visible(x, constraint))[0].cpu()
     elif args.task == "stroke":  # under the noise of the first result
@@ -257,7 +243,7 @@ def noise_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: P
 
     low, high = plan.lowest_level(cfg), cfg.network.sigma_max
     if args.sigmas is not None:
-        return chosen_levels(args, cfg)[0]
+        return choices.chosen_levels(args, cfg)[0]
     if args.sigma is not None:
         if not low < args.sigma <= high:
             raise ConfigError(f"--sigma: {args.sigma} is outside what the network was trained for ({low} to {high})")
@@ -298,10 +284,8 @@ def solve(
     def noise_at(i: int) -> torch.Tensor:
         return noise(f"step {i}").expand(num, *shape)
 
-    one_hot = (
-        None if classes is None else torch.nn.functional.one_hot(classes, model.label_dim).to(device, first.x.dtype)
-    )
-    settings: dict[str, Any] = {"noise_at": noise_at, "sigma_min": model.sigma_min, "class_labels": one_hot}
+    told = model.codec.told(classes, first.x)
+    settings: dict[str, Any] = {"noise_at": noise_at, "sigma_min": model.sigma_min, **told}
     if first.constraint:
         # Algorithm 4 starts at y + sigma z, y what is seen of the input: it matters where the first level is low.
         z = noise("start") + editing.visible(first.x, first.constraint) / first.sigmas[0]
@@ -324,12 +308,12 @@ def picture(path: Path, option: str) -> Image.Image:
     """The picture in a file, upright, in its own size and mode. ConfigError where there is none."""
     from PIL import ImageOps
 
-    import data
+    from sources.files import Files
 
     if not path.is_file():
         raise ConfigError(f"{option}: {path}: there is no such file")
     try:
-        return ImageOps.exif_transpose(data.Files(str(path.parent), [path.name], zipped=False).open(0))
+        return ImageOps.exif_transpose(Files(str(path.parent), [path.name], zipped=False).open(0))
     except Exception as error:  # a damaged file can raise anything from a decoder
         raise ConfigError(f"{option}: {path} cannot be read ({' '.join(str(error).split())[:200]})") from None
 
@@ -338,13 +322,13 @@ def read(path: Path, resolution: int, channels: int) -> torch.Tensor:
     """The picture as training would see it, uint8 (C, R, R), with a printed note of what was done to it."""
     import torch
 
-    import data
+    from sources.files import BrokenImage, Files
 
     image = picture(path, "--input")
     try:
-        files = data.Files(str(path.parent), [path.name], zipped=False, resolution=resolution, channels=channels)
+        files = Files(str(path.parent), [path.name], zipped=False, resolution=resolution, channels=channels)
         pixels = torch.from_numpy(files.decode(0).copy())
-    except data.BrokenImage as error:
+    except BrokenImage as error:
         raise ConfigError(f"--input: {path} cannot be read ({error})") from None
     done = []
     if image.width != image.height:

@@ -95,7 +95,7 @@ def consistency_step(model: networks.Preconditioner, autocast: torch.dtype | Non
     def step() -> None:
         model.autocast = autocast
         draws = Draws(0, len(x), device=run.device)
-        objective(model, x, step=1, draws=draws).loss.backward()
+        objective(model, x, step=1, draws=draws).loss.mean().backward()
         model.zero_grad()
 
     return step
@@ -111,7 +111,7 @@ def plain_training(model: networks.Preconditioner, run: trainer.Trainer) -> Step
     def step() -> None:
         model.autocast = None
         x = images.to(run.device).float() / 127.5 - 1
-        loss = objective(model, x, step=1).loss
+        loss = objective(model, x, step=1).loss.mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

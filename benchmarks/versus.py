@@ -70,7 +70,7 @@ def denoiser(**settings: str) -> networks.Preconditioner:
 
 def ours(objective: torch.nn.Module, model: networks.Preconditioner, steps: int) -> Method:
     def loss(x: torch.Tensor, step: int) -> torch.Tensor:
-        return objective(model, x, step=step).loss
+        return objective(model, x, step=step).loss.mean()
 
     def sample(average: torch.nn.Module, z: torch.Tensor) -> torch.Tensor:
         return average(SIGMA_MAX * z, torch.full((len(z),), SIGMA_MAX))

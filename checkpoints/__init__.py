@@ -1,3 +1,20 @@
-"""Weights and state on disk, ours and other people's."""
+"""Weights and state on disk: our checkpoints (state.py), and other people's, a file each (formats.py lists them)."""
 
-from checkpoints.state import *  # noqa: F403
+from checkpoints.state import (
+    CheckpointError,
+    config_of,
+    initialise,
+    load,
+    load_model,
+    model_from,
+    newest_good,
+    numbered,
+    save,
+    saved,
+    write_state,
+)
+
+__all__ = [
+    "CheckpointError", "config_of", "initialise", "load", "load_model", "model_from", "newest_good", "numbered", "save",
+    "saved", "write_state",
+]  # fmt: skip

@@ -1,14 +1,9 @@
-"""State to disk and back, whole or not at all.
+"""State to disk and back: a checkpoint is whole, or it is refused.
 
 A checkpoint is torch.save's zip of tensors and plain containers. It is read with weights_only=True, so a file can never
-run code, and used only after the SHA-256 in the zip's comment has been checked, so a damaged file is never half loaded.
-(The members' CRC-32 leave out the list of contents: a bit turned there can make a weight a folder, which torch reads.)
-
-    python checkpoint.py import SRC DST [--arch FILE.json]
-    python checkpoint.py export CKPT DIR --to diffusers|safetensors|onnx
+run code, and only after the SHA-256 in the zip's comment, of all that comes before it, has been found right. (The
+members' CRC-32 leave out the list of contents: a bit turned there can make a weight a folder, which torch reads.)
 """
-
-from __future__ import annotations
 
 import errno
 import hashlib
@@ -16,18 +11,19 @@ import os
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 import networks
+from checkpoints.disk import write_atomically
 from config import Config, ConfigError, parse
-from sources import vectors
+from sources.codecs import codec_from
 
 FORMAT = 1
 PARTS = {"step": int, "config": dict, "data": dict, "model": dict, "ema": list, "objective": dict, "optimizer": dict}
+CHECKSUM = 2 + len("sha256:") + 64  # bytes at the end of a file; the 2 are a zip's for the length of its comment
 OUTPUT_LAYER = re.compile(r"model\.(dec\.\d+x\d+_aux_conv|out_conv|last)\.(weight|bias)")
 
 
@@ -35,83 +31,25 @@ class CheckpointError(ConfigError):
     """A checkpoint that cannot be read or does not fit; one line that names the file and what is wrong."""
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Call write(file) on a temporary file beside `path`, flush it to disk, then rename it over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.unlink(missing_ok=True)
-    try:
-        with open(part, "x+b") as file:  # x: a new file, never what a link of this name points to
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint, whole or not at all, with the SHA-256 of its content at its end."""
 
-    def write(file) -> None:
-        torch.save({"format": FORMAT, "sealed": True, **state}, file)
-        file.seek(-2, os.SEEK_END)  # a zip ends with the length of its comment
-        size = file.tell()
-        file.seek(0)
-        seal = _seal(file, size)
-        file.seek(size)
-        file.write(seal)
+    def write(file: BinaryIO) -> None:
+        torch.save({"format": FORMAT, **state}, file)
+        size = file.seek(-2, os.SEEK_END)  # a zip ends with the length of its comment
+        file.write(_checksum(file, size))
 
     write_atomically(path, write)
 
 
-def _seal(file, size: int) -> bytes:
+def _checksum(file: BinaryIO, size: int) -> bytes:
     """The SHA-256 of a file's first `size` bytes as the end of a zip: the comment's length, and the comment."""
     digest = hashlib.sha256()
-    while size > 0 and (piece := file.read(min(size, 2**20))):
+    file.seek(0)
+    while piece := file.read(max(0, min(size - file.tell(), 2**20))):
         digest.update(piece)
-        size -= len(piece)
     comment = b"sha256:" + digest.hexdigest().encode()
     return len(comment).to_bytes(2, "little") + comment
-
-
-def _sealed(path: Path) -> bool:
-    """Whether the checksum at the end of a file is right."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END) - len(_seal(file, 0))
-        file.seek(0)
-        return _seal(file, size) == file.read()
-
-
-def append(path: Path, content: bytes) -> None:
-    """Add to the end of a file, all of `content` or nothing. Raises OSError, also where `path` is a symbolic link."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    with open(path, "ab", buffering=0, opener=lambda name, _: os.open(name, flags, 0o666)) as file:
-        end = os.fstat(file.fileno()).st_size
-        try:
-            if file.write(content) < len(content):  # the disk was full halfway
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            file.truncate(end)
-            raise
-
-
-def refuse_links(folder: Path) -> None:
-    """Raise ConfigError for a run folder that leads out of itself: what a run writes and removes lies in it alone."""
-    names = ("config.yml", "metrics.jsonl", "sigmas.json", "checkpoints", "samples", "generated")
-    for path in (*(folder / name for name in names), *(folder / "checkpoints").glob("*.ckpt")):
-        kind = "symbolic link" if path.is_symlink() else "pipe or device"
-        if path.is_symlink() or (path.exists() and not (path.is_dir() or path.is_file())):
-            raise ConfigError(f"run.dir: {path} is a {kind}: refused; move what it stands for there, or name another")
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left half written."""
-    for part in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
-        if not part.is_dir():
-            part.unlink(missing_ok=True)
 
 
 def save(state: dict[str, Any], folder: Path, step: int, keep: int) -> Path:
@@ -147,18 +85,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if path.exists() and not path.is_file():  # a pipe could be read for ever
         raise CheckpointError(f"{path}: is no file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if (
-                any(member.compress_type for member in members)
-                or sum(m.file_size for m in members) > path.stat().st_size
-            ):
-                raise CheckpointError(
-                    f"{path}: refused: it unpacks to more than its size, which no checkpoint of ours does"
-                )
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong; use another checkpoint")
+        _refuse_damage(path)
         state = torch.load(path, map_location=device, weights_only=True)
     except CheckpointError:
         raise
@@ -174,9 +101,28 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     for part, kind in PARTS.items():
         if type(state.get(part)) not in (kind, OrderedDict) or state[part] == []:
             raise CheckpointError(f"{path}: not a whole checkpoint of this project (its part {part!r} is missing)")
-    if state.pop("sealed", False) and not _sealed(path):
-        raise CheckpointError(f"{path}: damaged: its checksum is wrong; use another checkpoint")
     return state
+
+
+def _refuse_damage(path: Path) -> None:
+    """Raise for a file that is not as it was written, or that unpacks to more than its size, as none of ours does."""
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(f"{path}: not a whole checkpoint of this project (File is not a zip file)")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(size - 22)
+        end = file.read()
+        bare = end.startswith(b"PK\5\6") and end.endswith(b"\0\0")  # no comment: torch.save's own, as ours once were
+        if not bare and _checksum(file, size - CHECKSUM) != file.read():  # before anything of it is used
+            raise CheckpointError(f"{path}: damaged: its checksum is wrong; use another checkpoint")
+        archive, problem = zipfile.ZipFile(file), ""
+        members = archive.infolist()
+        if any(member.compress_type for member in members) or sum(member.file_size for member in members) > size:
+            problem = "refused: it unpacks to more than its size, which no checkpoint of ours does"
+        elif bare and (damaged := archive.testzip()):
+            problem = f"damaged: the checksum of {damaged} is wrong; use another checkpoint"
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
 
 
 def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
@@ -209,9 +155,9 @@ def config_of(state: dict[str, Any], path: str | Path) -> Config:
 def load_model(path: str | Path, device: torch.device | str = "cpu", average: int = 0) -> torch.nn.Module:
     """The preconditioned EMA model of a checkpoint, in eval mode: model(x, sigma, class_labels=None) -> clean data.
 
-    `average` picks one of several EMAs. The model also carries `class_counts`, the training set's, or None. A model of
-    vectors takes condition=(B, K), and carries `scaling`, a vectors.Scaling: scaling.condition(c) makes of conditions
-    what it takes, scaling.restore(D) of what it gives the data's own units. Raises CheckpointError.
+    `average` picks one of several EMAs. A model of vectors takes condition=(B, K). `model.codec` (sources/codecs.py)
+    knows the data: codec.told(classes or conditions, x) makes of them what the model takes, codec.from_model(D) of what
+    it gives images or vectors, codec.class_counts is the training set's. Raises CheckpointError.
     """
     return model_from(load(path), path, average).to(device)
 
@@ -222,13 +168,13 @@ def model_from(state: dict[str, Any], path: str | Path, average: int = 0) -> tor
         raise CheckpointError(f"{path}: has {len(state['ema'])} averages, no number {average}")
     cfg = config_of(state, path)
     try:
-        model = networks.build(cfg.network, **state["data"]["shape"])
-        model.class_counts = state["data"]["class_counts"]
+        model = networks.build(cfg.network.model_dump(), **state["data"]["shape"])
+        model.codec = codec_from(state["data"])
+        _fill(model, state["ema"][average], path)
+    except CheckpointError:
+        raise
     except Exception as error:  # a file made by hand can ask for anything
         raise CheckpointError(f"{path}: its network cannot be built ({' '.join(str(error).split())[:120]})") from None
-    _fill(model, state["ema"][average], path)
-    if scaling := state["data"].get("scaling"):
-        model.scaling = vectors.Scaling(**scaling)
     return model.eval().requires_grad_(False)
 
 

@@ -49,7 +49,7 @@ schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 objective = EasyConsistencyTuning(steps_per_stage=STEPS / 6, P_mean=0.5, P_std=2.0, huber_c=0.3)
 for step in range(STEPS):
     optimizer.zero_grad()
-    objective(model, data[torch.randint(len(data), (BATCH,))], step=step).loss.backward()
+    objective(model, data[torch.randint(len(data), (BATCH,))], step=step).loss.mean().backward()
     optimizer.step()
     schedule.step()
     ema.update(model, step + 1)

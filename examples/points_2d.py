@@ -131,7 +131,7 @@ def train(data: torch.Tensor, precond: str, make: Callable, steps: int, lr: floa
     optimizer, ema = torch.optim.RAdam(parameters, lr=lr), EMA(model, 0.999, warmup=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        loss = objective(model, data[torch.randint(len(data), (BATCH,))], step=step).loss
+        loss = objective(model, data[torch.randint(len(data), (BATCH,))], step=step).loss.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torchvision.utils import make_grid
 
-from checkpoints.state import write_atomically
+from checkpoints.disk import write_atomically
 
 
 def grid(images: torch.Tensor, columns: int | None = None, tile: int = 48) -> torch.Tensor:
@@ -49,35 +49,27 @@ def beside(samples: torch.Tensor, nearest: torch.Tensor, marked: torch.Tensor, t
 
 def plot(x: Sequence[int], y: Sequence[float], x_label: str, y_label: str) -> torch.Tensor:
     """A line through points set side by side, each with its value, over an axis from 0; uint8 (3, 480, 720)."""
-    image = Image.new("RGB", (720, 480), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(17)
-    left, right, top, bottom = 90, 690, 60, 410
-    unit = _round_number(max(*y, 1e-9) / 5)
-    highest = unit * math.ceil(max(*y, unit) * 1.05 / unit)
-    lowest = unit * math.floor(min(*y, 0.0) / unit)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # late: most runs draw no plot
+    from matplotlib.figure import Figure  # no pyplot: it would keep the figure and may ask for a display
+    from matplotlib.patheffects import withStroke
 
-    def height(value: float) -> float:
-        return bottom - (value - lowest) / (highest - lowest) * (bottom - top)
-
-    for i in range(round((highest - lowest) / unit) + 1):
-        value = lowest + i * unit
-        draw.line([(left, height(value)), (right, height(value))], fill="#dddddd")
-        draw.text((left - 10, height(value)), f"{value:.4g}", "black", font, anchor="rm")
-    points = [(left + (i + 0.5) * (right - left) / len(x), height(value)) for i, value in enumerate(y)]
-    draw.line(points, fill="#1f77b4", width=3)
-    for (across, down), name, value in zip(points, x, y, strict=True):
-        draw.ellipse([across - 5, down - 5, across + 5, down + 5], fill="#1f77b4")
-        draw.text((across, down - 10), f"{value:.3g}", "black", font, anchor="mb", stroke_width=3, stroke_fill="white")
-        draw.text((across, bottom + 10), str(name), "black", font, anchor="mt")
-    draw.text(((left + right) / 2, 450), x_label, "black", font, anchor="mm")
-    draw.text((left, 30), y_label, "black", font, anchor="lm")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _round_number(value: float) -> float:
-    """The least of 1, 2 and 5 times a power of ten that is not below `value`: a step between an axis's lines."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(power * digit for digit in (1, 2, 5, 10) if power * digit >= value * 0.999)
+    finite = [0.0, *filter(math.isfinite, y)]
+    low, high = min(finite), max(finite)
+    room = 0.12 * (high - low) or 1.0
+    figure = Figure((7.2, 4.8), dpi=100)
+    axes = figure.add_axes((0.125, 0.15, 0.835, 0.73), xlabel=x_label, title=y_label)
+    axes.set(xlim=(-0.5, len(x) - 0.5), ylim=(low - room if low < 0 else 0, high + room))
+    axes.set_xticks(range(len(x)), x)
+    axes.grid(axis="y", color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.plot(range(len(x)), y, "o-", linewidth=2, markersize=8, clip_on=False, zorder=3)  # dots on the axis are whole
+    halo = [withStroke(linewidth=3, foreground="white")]
+    for i, value in enumerate(y):
+        place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "zorder": 4}
+        axes.annotate(f"{value:.3g}", (i, value), **place, path_effects=halo)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return torch.from_numpy(np.array(canvas.buffer_rgba())[..., :3]).permute(2, 0, 1)
 
 
 def write_png(image: torch.Tensor, path: Path) -> None:

@@ -13,7 +13,7 @@ NETWORKS = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet, "mlp": MLP}
 
 
 def build(
-    network_cfg: Any,
+    settings: dict[str, Any],
     resolution: int | None = None,  # of images
     channels: int | None = None,
     label_dim: int = 0,
@@ -21,12 +21,12 @@ def build(
     shape: tuple[int, ...] | None = None,  # of vectors, instead of the four above
     condition_dim: int = 0,
 ) -> Preconditioner:
-    """The preconditioned network that the config's `network` section describes, with fresh float32 weights on the CPU.
+    """The preconditioned network of `settings` (a config's `network` section), its fresh float32 weights on the CPU.
 
     Draws them from torch's global generator. ValueError where the settings do not fit the data. The weights are NCHW,
     the faster layout on a CPU (its channels_last group norm is slow); on a GPU, ask `.to()` for channels_last.
     """
-    settings = network_cfg.model_dump()
+    settings = dict(settings)
     network = NETWORKS[settings.pop("name")]
     preconditioning = {key: settings.pop(key) for key in ("precond", "c_noise", "sigma_data", "sigma_min", "sigma_max")}
     if network is MLP:

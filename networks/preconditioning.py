@@ -44,7 +44,7 @@ class Preconditioner(nn.Module):
         image = (self.img_channels, self.img_resolution, self.img_resolution)
         self.shape: tuple[int, ...] = getattr(model, "shape", image)  # of one sample
         self.condition_dim: int = getattr(model, "condition_dim", 0)
-        self.scaling: nn.Module | None = None  # vectors.Scaling, from what the model gives to data; images need none
+        self.codec: nn.Module | None = None  # between data and what the model sees, where this repository loads them
 
     def forward(
         self,

@@ -1,8 +1,9 @@
 """Training objectives: one file a method, one class each, all called alike.
 
-    out = objective(model, x, step=k, draws=draws, **conditions)    # out.loss: scalar, out.log: name -> scalar
-    objective.after_step(model, step=k)                             # only where a method has one (the CT target)
-    objective.unit          # images that a pass must hold together (CMT's trajectories); without it, 1
+    out = objective(model, x, step=k, draws=draws, **conditions)    # out.loss: (B,), out.log: name -> scalar
+    out.loss.mean().backward()
+    objective.after_step(model, step=k)     # only where a method has one (the CT target)
+    objective.group_size    # samples that a pass must hold together (CMT's trajectories); without it, 1
     objective.scheduled     # whether a step depends on the run's length (CT's grid); without it, no
 
 `model(x, sigma, **conditions)` is any module from a batch of any shape and its noise levels (B,) to clean data.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from objectives.common import like
+from objectives.common import append_dims
 from objectives.ct import ConsistencyTraining
 from objectives.losses import Distance
 from sampler import guided
@@ -59,7 +59,7 @@ class ConsistencyDistillation(ConsistencyTraining):
         conditions: dict[str, torch.Tensor | None],
     ) -> torch.Tensor:
         """One Heun or Euler step of dx/dsigma = (x - D_teacher) / sigma from `high` to `low`."""
-        teacher, high_, low_ = guided(self.teacher, self.guidance), like(high, x), like(low, x)
+        teacher, high_, low_ = guided(self.teacher, self.guidance), append_dims(high, x), append_dims(low, x)
         slope = (x_high - teacher(x_high, high, **conditions)) / high_
         x_low = x_high + (low_ - high_) * slope
         if self.solver == "euler":

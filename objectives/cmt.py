@@ -27,17 +27,12 @@ class MidTraining(torch.nn.Module):
         super().__init__()
         self.teacher = teacher.requires_grad_(False)
         self.distance, self.steps, self.sigma_min, self.sigma_max = distance, steps, sigma_min, sigma_max
-        self.unit = steps  # a pass holds whole trajectories
+        self.group_size = steps  # a pass holds whole trajectories
 
     def forward(
-        self,
-        model: Model,
-        x: torch.Tensor,
-        step: int = 0,
-        draws: Draws | None = None,
-        noise: torch.Tensor | None = None,
-        **conditions: torch.Tensor | None,
-    ) -> Output:
+        self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
+        noise: torch.Tensor | None = None, **conditions: torch.Tensor | None,
+    ) -> Output:  # fmt: skip
         """x (B, ...) clean data, B a multiple of `steps`; noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         if noise is None:
@@ -54,4 +49,4 @@ class MidTraining(torch.nn.Module):
         D = model(points.flatten(0, 1), sigma, **many)
         target = end.repeat(self.steps, *[1] * (x.ndim - 1))
         loss = self.distance(D, target)
-        return Output(loss.mean(), by_level(loss, sigma))
+        return Output(loss, by_level(loss, sigma))

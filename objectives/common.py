@@ -16,12 +16,12 @@ Model = Callable[..., torch.Tensor]  # model(x, sigma, **conditions) -> clean da
 class Output:
     """What an objective returns."""
 
-    loss: torch.Tensor  # scalar, to call backward on
+    loss: torch.Tensor  # (B,), one value a sample; the caller takes the mean
     # Name -> scalar for the curves, or (sum, count) of a mean over part of the batch.
     log: dict[str, torch.Tensor | float | tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
-def like(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def append_dims(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """v (B,) shaped to broadcast over x (B, ...), in x's dtype."""
     return v.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from objectives.common import Model, Output, by_level, like, replayed, rng_state
+from objectives.common import Model, Output, by_level, append_dims, replayed, rng_state
 from objectives.draws import Draws
 from objectives.losses import Distance
 from objectives.schedules import ct_levels, ct_target_decay
@@ -58,15 +58,9 @@ class ConsistencyTraining(torch.nn.Module):
         return ct_levels(min(step, self.total_steps), self.total_steps, self.s0, self.s1)
 
     def forward(
-        self,
-        model: Model,
-        x: torch.Tensor,
-        step: int = 0,
-        draws: Draws | None = None,
-        index: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        **conditions: torch.Tensor | None,
-    ) -> Output:
+        self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
+        index: torch.Tensor | None = None, noise: torch.Tensor | None = None, **conditions: torch.Tensor | None,
+    ) -> Output:  # fmt: skip
         """x (B, ...) clean data; index (B,) int64, n of the pair, 0 at sigma_min, and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         N = self.levels(step)
@@ -76,7 +70,7 @@ class ConsistencyTraining(torch.nn.Module):
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
         low, high = sigmas[index].to(x.dtype), sigmas[index + 1].to(x.dtype)
-        x_high = x + like(high, x) * noise
+        x_high = x + append_dims(high, x) * noise
 
         dropout = rng_state(x.device)
         D = model(x_high, high, **conditions)
@@ -85,7 +79,7 @@ class ConsistencyTraining(torch.nn.Module):
             with replayed(dropout, x.device):
                 D_target = self.target(x_low, low, **conditions)
         loss = snr_weight(self.weighting, high, self.sigma_data) * self.distance(D, D_target)
-        return Output(loss.mean(), {"N": N, "mu": self.target_decay(step), **by_level(loss, high)})
+        return Output(loss, {"N": N, "mu": self.target_decay(step), **by_level(loss, high)})
 
     def lower_point(
         self,
@@ -97,7 +91,7 @@ class ConsistencyTraining(torch.nn.Module):
         conditions: dict[str, torch.Tensor | None],
     ) -> torch.Tensor:
         """x_n, where the target looks: the same noise at the lower level. CD asks its teacher instead."""
-        return x + like(low, x) * noise
+        return x + append_dims(low, x) * noise
 
     def target_decay(self, step: int) -> float:
         """mu(k)."""

@@ -6,7 +6,6 @@ numbers that one unbroken run on one device sees.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Sequence
 
@@ -43,12 +42,6 @@ class Draws:
     def fresh(cls, x: torch.Tensor) -> Draws:
         """Draws for a batch x (B, ...) seeded from torch's global generator: for scripts that seed by hand."""
         return cls(int(torch.randint(2**62, ())), count=len(x), device=x.device)
-
-    def whole(self) -> Draws:
-        """The same stream for every row of the global batch."""
-        every = copy.copy(self)
-        every.start, every.count = 0, self.total
-        return every
 
     def own(self, rows: torch.Tensor) -> torch.Tensor:
         """This process's rows of a tensor (total, ...)."""

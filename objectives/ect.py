@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from objectives.common import Model, Output, by_level, like, replayed, rng_state
+from objectives.common import Model, Output, by_level, append_dims, replayed, rng_state
 from objectives.draws import Draws
 from objectives.losses import pseudo_huber
 from objectives.schedules import ect_r
@@ -37,15 +37,9 @@ class EasyConsistencyTuning(torch.nn.Module):
         return min(int(step // self.steps_per_stage), last)
 
     def forward(
-        self,
-        model: Model,
-        x: torch.Tensor,
-        step: int = 0,
-        draws: Draws | None = None,
-        t: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        **conditions: torch.Tensor | None,
-    ) -> Output:
+        self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
+        t: torch.Tensor | None = None, noise: torch.Tensor | None = None, **conditions: torch.Tensor | None,
+    ) -> Output:  # fmt: skip
         """x (B, ...) clean data; noise levels t (B,) and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         if t is None:
@@ -56,11 +50,11 @@ class EasyConsistencyTuning(torch.nn.Module):
         r = ect_r(t, self.stage(step), self.q, self.mapping)
 
         dropout = rng_state(x.device)
-        D_t = model(x + like(t, x) * noise, t, **conditions)
+        D_t = model(x + append_dims(t, x) * noise, t, **conditions)
         with torch.no_grad(), replayed(dropout, x.device):
             at = torch.where(r > 0, r, t)  # ln 0 is no noise label; these rows take the data below
-            D_r = model(x + like(at, x) * noise, at, **conditions)
-            target = torch.where(like(r, x) > 0, D_r, x)
+            D_r = model(x + append_dims(at, x) * noise, at, **conditions)
+            target = torch.where(append_dims(r, x) > 0, D_r, x)
         loss = pseudo_huber(D_t, target, self.huber_c) / (t - r)
         log = {"stage": self.stage(step), "gap": ((t - r) / t).mean()}
-        return Output(loss.mean(), {**log, **by_level(loss, t)})
+        return Output(loss, {**log, **by_level(loss, t)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from objectives.common import Model, Output, by_level, like
+from objectives.common import Model, Output, by_level, append_dims
 from objectives.draws import Draws
 from objectives.losses import l2
 
@@ -25,22 +25,16 @@ class EDM(torch.nn.Module):
         self.P_mean, self.P_std, self.sigma_data = P_mean, P_std, sigma_data
 
     def forward(
-        self,
-        model: Model,
-        x: torch.Tensor,
-        step: int = 0,
-        draws: Draws | None = None,
-        sigma: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        **conditions: torch.Tensor | None,
-    ) -> Output:
+        self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
+        sigma: torch.Tensor | None = None, noise: torch.Tensor | None = None, **conditions: torch.Tensor | None,
+    ) -> Output:  # fmt: skip
         """x (B, ...) clean data; noise levels sigma (B,) and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         if sigma is None:
             sigma = (self.P_mean + self.P_std * draws.normal((len(x),))).exp()
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
-        D = model(x + like(sigma, x) * noise, sigma, **conditions)
+        D = model(x + append_dims(sigma, x) * noise, sigma, **conditions)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         loss = weight * l2(D, x)
-        return Output(loss.mean(), by_level(loss, sigma))
+        return Output(loss, by_level(loss, sigma))

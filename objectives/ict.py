@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from objectives.common import Model, Output, by_level, like, replayed, rng_state
+from objectives.common import Model, Output, by_level, append_dims, replayed, rng_state
 from objectives.draws import Draws
 from objectives.losses import Distance, pseudo_huber
 from objectives.schedules import ict_index_probabilities, ict_levels
@@ -48,15 +48,9 @@ class ImprovedConsistencyTraining(torch.nn.Module):
         return sigmas, ict_index_probabilities(sigmas, self.P_mean, self.P_std).cumsum(0)
 
     def forward(
-        self,
-        model: Model,
-        x: torch.Tensor,
-        step: int = 0,
-        draws: Draws | None = None,
-        index: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        **conditions: torch.Tensor | None,
-    ) -> Output:
+        self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
+        index: torch.Tensor | None = None, noise: torch.Tensor | None = None, **conditions: torch.Tensor | None,
+    ) -> Output:  # fmt: skip
         """x (B, ...) clean data; index (B,) int64, i of the pair, 0 at sigma_min, and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         N = self.levels(step)
@@ -69,8 +63,8 @@ class ImprovedConsistencyTraining(torch.nn.Module):
         low, high = sigmas[index].to(x.dtype), sigmas[index + 1].to(x.dtype)
 
         dropout = rng_state(x.device)
-        D = model(x + like(high, x) * noise, high, **conditions)
+        D = model(x + append_dims(high, x) * noise, high, **conditions)
         with torch.no_grad(), replayed(dropout, x.device):
-            D_target = model(x + like(low, x) * noise, low, **conditions)
+            D_target = model(x + append_dims(low, x) * noise, low, **conditions)
         loss = self.distance(D, D_target) / (high - low)
-        return Output(loss.mean(), {"N": N, **by_level(loss, high)})
+        return Output(loss, {"N": N, **by_level(loss, high)})

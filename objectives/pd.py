@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from objectives.common import Model, Output, by_level, like
+from objectives.common import Model, Output, by_level, append_dims
 from objectives.ct import snr_weight
 from objectives.draws import Draws
 from objectives.losses import l2
@@ -47,15 +47,9 @@ class ProgressiveDistillation(torch.nn.Module):
         return (self.high + place * (self.low - self.high)) ** self.rho
 
     def forward(
-        self,
-        model: Model,
-        x: torch.Tensor,
-        step: int = 0,
-        draws: Draws | None = None,
-        index: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        **conditions: torch.Tensor | None,
-    ) -> Output:
+        self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
+        index: torch.Tensor | None = None, noise: torch.Tensor | None = None, **conditions: torch.Tensor | None,
+    ) -> Output:  # fmt: skip
         """x (B, ...) clean data; index (B,) int64, the interval counted from sigma_max, and noise may be given."""
         draws = draws or Draws.fresh(x)
         N = self.intervals(step)
@@ -64,18 +58,18 @@ class ProgressiveDistillation(torch.nn.Module):
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
         t, half, end = (self.sigma((index.double() + part) / N).to(x.dtype) for part in (0, 0.5, 1))
-        x_t = x + like(t, x) * noise
+        x_t = x + append_dims(t, x) * noise
         with torch.no_grad():
             x_half = self.euler(x_t, t, half, conditions)
             x_end = self.euler(x_half, half, end, conditions)
-            target = x_t - like(t / (end - t), x) * (x_end - x_t)  # the D whose one step ends at x_end
+            target = x_t - append_dims(t / (end - t), x) * (x_end - x_t)  # the D whose one step ends at x_end
         D = model(x_t, t, **conditions)
         loss = snr_weight(self.weighting, t, self.sigma_data) * l2(D, target)
-        return Output(loss.mean(), {"N": N, **by_level(loss, t)})
+        return Output(loss, {"N": N, **by_level(loss, t)})
 
     def euler(self, x: torch.Tensor, high: torch.Tensor, low: torch.Tensor, conditions: dict) -> torch.Tensor:
         """The teacher's Euler step from noise level `high` to `low`, (B,) each."""
-        return x + like((low - high) / high, x) * (x - self.teacher(x, high, **conditions))
+        return x + append_dims((low - high) / high, x) * (x - self.teacher(x, high, **conditions))
 
     @torch.no_grad()
     def after_step(self, model: torch.nn.Module, step: int) -> None:

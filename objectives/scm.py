@@ -8,7 +8,7 @@ import warnings
 import torch
 
 from networks import plain_attention
-from objectives.common import Model, Output, by_level, like, replayed, rng_state
+from objectives.common import Model, Output, by_level, append_dims, replayed, rng_state
 from objectives.draws import Draws
 from sampler import guided
 
@@ -58,15 +58,9 @@ class ContinuousConsistency(torch.nn.Module):
         self.weight = weight or AdaptiveWeight()
 
     def forward(
-        self,
-        model: Model,
-        x: torch.Tensor,
-        step: int = 0,
-        draws: Draws | None = None,
-        t: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        **conditions: torch.Tensor | None,
-    ) -> Output:
+        self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
+        t: torch.Tensor | None = None, noise: torch.Tensor | None = None, **conditions: torch.Tensor | None,
+    ) -> Output:  # fmt: skip
         """x (B, ...) clean data; angles t (B,) in (0, pi/2) and noise (B, ...) ~ N(0, 1) may be given."""
         draws, sd = draws or Draws.fresh(x), self.sigma_data
         if t is None:
@@ -74,7 +68,7 @@ class ContinuousConsistency(torch.nn.Module):
             t = torch.atan(sigma / sd)
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
-        cos, sin = like(t.cos(), x), like(t.sin(), x)
+        cos, sin = append_dims(t.cos(), x), append_dims(t.sin(), x)
         x_t = cos * x + sin * sd * noise
         dxdt = cos * sd * noise - sin * x if self.teacher is None else self.teacher_slope(x_t, t, conditions)
 
@@ -83,17 +77,17 @@ class ContinuousConsistency(torch.nn.Module):
         with torch.no_grad(), replayed(dropout, x.device):
             F_fixed, g = self.tangent(model, x_t, t, dxdt, min(1.0, step / max(self.warmup, 1)), conditions)
         norm = g.reshape(len(g), -1).norm(dim=1)
-        g = g / like(norm + self.c, x)
+        g = g / append_dims(norm + self.c, x)
 
         w = self.weight(t).to(x.dtype)
         square = (F - F_fixed - g).square().reshape(len(x), -1).mean(1)
         loss = w.exp() * square - w
         log = {"tangent_norm": norm.mean(), "w": w.mean(), "square": square.mean()}
-        return Output(loss.mean(), {**log, **by_level(loss, sd * t.tan())})
+        return Output(loss, {**log, **by_level(loss, sd * t.tan())})
 
     def teacher_slope(self, x_t: torch.Tensor, t: torch.Tensor, conditions: dict) -> torch.Tensor:
         """dx/dt = sd F_teacher, from the teacher's denoiser: (cos(t) x_t - D) / sin(t)."""
-        cos, sin = like(t.cos(), x_t), like(t.sin(), x_t)
+        cos, sin = append_dims(t.cos(), x_t), append_dims(t.sin(), x_t)
         with torch.no_grad():
             D = guided(self.teacher, self.guidance)(x_t / cos, self.sigma_data * t.tan(), **conditions)
         return (cos * x_t - D) / sin
@@ -111,7 +105,7 @@ class ContinuousConsistency(torch.nn.Module):
 
         cos(t) sin(t) goes into the derivative's direction, so that nothing overflows near t = pi/2 (sec. 4.1).
         """
-        sd, cos, sin = self.sigma_data, like(t.cos(), x_t), like(t.sin(), x_t)
+        sd, cos, sin = self.sigma_data, append_dims(t.cos(), x_t), append_dims(t.sin(), x_t)
         # Attention's fused kernel and compiled code have no forward mode.
         with plain_attention(), torch.compiler.set_stance("force_eager"):
             F, cos_sin_dFdt = torch.func.jvp(
@@ -124,7 +118,7 @@ class ContinuousConsistency(torch.nn.Module):
 
 def network(model: Model, u: torch.Tensor, t: torch.Tensor, sd: float, conditions: dict) -> torch.Tensor:
     """F(u, t) of TrigFlow, u = x_t / sd (B, ...), t (B,): the model's raw output, or F told from its denoiser D."""
-    cos, sin = like(t.cos(), u), like(t.sin(), u)
+    cos, sin = append_dims(t.cos(), u), append_dims(t.sin(), u)
     x, sigma = u * sd / cos, sd * t.tan()  # the same point in EDM's clock
     if hasattr(model, "raw") and getattr(model, "precond", "trigflow") == "trigflow":
         return model.raw(x, sigma, **conditions).to(u.dtype)

@@ -1,4 +1,4 @@
-"""What is to be sampled from a model, and its images: all at once, from a stop to the next, or as they are read."""
+"""What is to be sampled from a model, and the samples: all at once, from a stop to the next, or as they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import data
 import networks
 from objectives.draws import sample_noise
 from sampler import guided, heun, multistep
@@ -25,24 +24,21 @@ class Drawing:
     num: int
     sigmas: list[float]
     solver: str
-    labels: torch.Tensor | None = None  # int64 (num,)
+    given: torch.Tensor | None = None  # what each is asked for: classes, int64 (num,), or conditions, float32 (num, K)
     batch: int = 256
     guidance: float | None = None
-    conditions: torch.Tensor | None = None  # float32 (num, K), of vectors
     drawn: int = 0
     seconds: float = 0.0
 
     def draw(self, start: int, stop: int) -> torch.Tensor:
-        """Samples start..stop on the CPU: uint8 (N, C, H, W), or vectors, float32 (N, ...)."""
+        """Samples start..stop on the CPU: uint8 images (N, C, H, W), or vectors, float32 (N, ...)."""
         started = time.perf_counter()
-        labels = None if self.labels is None else self.labels[start:stop]
-        indices, conditions = range(start, stop), None if self.conditions is None else self.conditions[start:stop]
-        batches = generate(
-            self.model, self.seed, indices, self.sigmas, self.solver, labels, self.batch, self.guidance, conditions
-        )
-        images = torch.cat([(data.to_uint8(x) if self.model.scaling is None else x).cpu() for x in batches])
-        self.drawn, self.seconds = self.drawn + len(images), self.seconds + time.perf_counter() - started
-        return images
+        given = None if self.given is None else self.given[start:stop]
+        how = (self.sigmas, self.solver, given, self.batch, self.guidance)
+        batches = generate(self.model, self.seed, range(start, stop), *how)
+        samples = torch.cat([self.model.codec.from_model(x).cpu() for x in batches])
+        self.drawn, self.seconds = self.drawn + len(samples), self.seconds + time.perf_counter() - started
+        return samples
 
     def stream(self) -> Stream:
         """All samples, drawn when they are read."""
@@ -64,8 +60,7 @@ class Drawing:
         digest = hashlib.sha256()
         for name, value in self.model.state_dict().items():
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        given = self.labels if self.conditions is None else self.conditions
-        labels = None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest()[:16]
+        labels = None if self.given is None else hashlib.sha256(self.given.numpy().tobytes()).hexdigest()[:16]
         return {
             "weights": digest.hexdigest()[:16],
             "seed": self.seed,
@@ -79,7 +74,7 @@ class Drawing:
 
 
 class Stream:
-    """Images read piece by piece; one piece is in memory at a time. What metrics.py reads."""
+    """Images read piece by piece; one piece is in memory at a time. What metrics/ reads."""
 
     def __init__(self, read: Callable[[int], torch.Tensor], sizes: list[int]):
         """`read(i)` gives piece i, uint8 (sizes[i], C, H, W)."""
@@ -112,33 +107,25 @@ def generate(
     indices: Sequence[int],  # which samples of this seed
     sigmas: Sequence[float],  # noise levels, descending; see multistep and heun
     solver: str = "multistep",  # or "heun"
-    labels: torch.Tensor | None = None,  # int64 (len(indices),), the class of each, for a conditional model
+    given: torch.Tensor | None = None,  # (len(indices), ...): what each is asked for, as model.codec.told takes it
     batch_size: int = 256,
     guidance: float | None = None,  # see guided
-    conditions: torch.Tensor | None = None,  # float32 (len(indices), K), in their own units, for vectors
 ) -> Iterator[torch.Tensor]:
-    """Batches of samples (B, C, H, W), float32 in [-1, 1], or vectors (B, ...) in their own units, by `indices`' order.
+    """Batches (B, *model.shape) of float32, by `indices`' order, of which model.codec.from_model makes samples.
 
     Sample i of a seed starts from the same noise, whatever batch, device or process it is drawn in.
     """
     device = next(model.parameters()).device
-    denoiser = guided(model, guidance)
-    shape, scaling = model.shape, model.scaling
+    denoiser, shape = guided(model, guidance), model.shape
     for start in range(0, len(indices), batch_size):
         own = indices[start : start + batch_size]
         z = sample_noise(seed, own, shape).to(device)
-        given = {}
-        if labels is not None:
-            classes = labels[start : start + batch_size]
-            given["class_labels"] = torch.nn.functional.one_hot(classes, model.label_dim).to(device, z.dtype)
-        if conditions is not None:
-            given["condition"] = scaling.condition(conditions[start : start + batch_size].to(device))
+        conditions = {} if given is None else model.codec.told(given[start : start + batch_size], z)
         if solver == "heun":
-            x = heun(denoiser, z, sigmas, **given)
-        else:
+            yield heun(denoiser, z, sigmas, **conditions)
+            continue
 
-            def noise_at(i: int, own: Sequence[int] = own) -> torch.Tensor:
-                return sample_noise(seed, own, shape, f"step {i}").to(device)
+        def noise_at(i: int, own: Sequence[int] = own) -> torch.Tensor:
+            return sample_noise(seed, own, shape, f"step {i}").to(device)
 
-            x = multistep(denoiser, z, sigmas, noise_at, model.sigma_min, **given)
-        yield x.clamp(-1, 1) if scaling is None else scaling.restore(x)
+        yield multistep(denoiser, z, sigmas, noise_at, model.sigma_min, **conditions)

@@ -1,13 +1,8 @@
-"""What a config and a seed ask of sampling: noise levels, solver, classes."""
+"""What a config asks of sampling: noise levels and solver."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
 from config import Config
-from objectives.draws import key
 from sampler import karras_sigmas, levels
 
 
@@ -22,10 +17,3 @@ def plan(cfg: Config, steps: int = 1) -> tuple[list[float], str]:
     if s.solver == "heun" or (s.solver == "auto" and cfg.objective.name in ("edm", "trigflow")):
         return karras_sigmas(s.heun_steps, low, high).tolist(), "heun"
     return levels(steps, high, low, s.sigmas), "multistep"
-
-
-def draw_labels(seed: int, indices: Sequence[int], class_counts: Sequence[int]) -> torch.Tensor:
-    """Class of each sample, int64 (len(indices),), as often as in the training set; depends on (seed, index) alone."""
-    shares = torch.tensor(class_counts, dtype=torch.float64).cumsum(0)
-    uniform = [key(seed, "label", int(i)) / 2**63 for i in indices]
-    return torch.searchsorted(shares, torch.tensor(uniform, dtype=torch.float64) * shares[-1], right=True)

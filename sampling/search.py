@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import sampler
-from checkpoints.state import write_atomically
+from checkpoints.disk import write_atomically
 from config import Config, ConfigError
-from data import Dataset
 from metrics import pictures, scores
 from sampling import plan
 
 if TYPE_CHECKING:
     from sampling.drawing import Drawing
+    from sources.images import ImageSet
 
 
 def search(
     drawing: Drawing,  # its seed and number of samples are those of every trial, so that trials compare
     steps: int,
     cfg: Config,
-    dataset: Dataset | None,
+    dataset: ImageSet | None,
     device: torch.device,
     path: Path,  # the store that `found` reads
     step: int,  # the checkpoint's
@@ -57,7 +57,7 @@ def sweep(
     drawing: Drawing,
     plans: dict[int, tuple[list[float], str]],  # steps -> noise levels and solver
     cfg: Config,
-    dataset: Dataset | None,
+    dataset: ImageSet | None,
     device: torch.device,
     path: Path,  # of the picture
 ) -> None:

@@ -1,17 +1,15 @@
-"""Vectors: samples that are floats of any shape, their conditions, their normalisation, and a score.
+"""Vectors: samples that are floats of any shape, with or without conditions; and their files.
 
-    dataset = data.load(cfg.data)  # a Vectors where data.path is an npz with an array `vectors`
-    scaling = Scaling.fit(dataset, sigma_data=0.5)
-    x = scaling.normalise(dataset.values)  # mean 0 and standard deviation sigma_data in every element
-    dataset.values == scaling.restore(x)
+    dataset = data.load(cfg.data)  # a VectorSet where data.path is an npz with an array `vectors`
+    codec = dataset.codec(cfg)
+    x = codec.normalise(dataset.values)  # mean 0 and standard deviation sigma_data in every element
+    dataset.values == codec.restore(x)
 
 Actions, points and signals are all vectors here; a policy is a model of actions conditioned on states.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +21,12 @@ import torch
 
 from config import ConfigError
 from objectives.draws import key
-
-SQUASHED = 0.999  # tanh reaches its bounds only at infinity: data nearer than this to them are moved here
-SCORED = 2000  # most vectors in a score: its time grows with their number's cube
+from sources.codecs import VectorCodec
 
 
 @dataclass
-class Vectors:
-    """A dataset of floats in memory; what data.Dataset is for images."""
+class VectorSet:
+    """A dataset of floats in memory; what images.ImageSet is for images."""
 
     name: str
     values: torch.Tensor  # float32 (N, *shape), in the data's own units
@@ -52,7 +48,7 @@ class Vectors:
         """K; 0 without conditions."""
         return 0 if self.conditions is None else self.conditions.shape[1]
 
-    def to(self, device: torch.device | str) -> Vectors:
+    def to(self, device: torch.device | str) -> VectorSet:
         """The same dataset on `device`."""
         conditions = None if self.conditions is None else self.conditions.to(device)
         return replace(self, values=self.values.to(device), conditions=conditions)
@@ -62,14 +58,19 @@ class Vectors:
         indices = indices.to(self.values.device, non_blocking=True)
         return self.values[indices], None if self.conditions is None else self.conditions[indices]
 
-    def draw_conditions(self, seed: int, indices: Sequence[int]) -> torch.Tensor | None:
+    def codec(self, cfg: Any) -> VectorCodec:
+        """The normalisation of these vectors that a Config asks for: its network.sigma_data and data.bounds."""
+        how = (cfg.network.sigma_data, cfg.data.bounds)
+        return VectorCodec.fit(self.values, self.conditions, *how, self.low, self.high)
+
+    def draw_given(self, seed: int, indices: Sequence[int]) -> torch.Tensor | None:
         """A row of the training set's conditions for each sample, (len(indices), K); by (seed, index) alone."""
         if self.conditions is None:
             return None
         return self.conditions[torch.tensor([key(seed, "condition", int(i)) % len(self) for i in indices])]
 
 
-def from_arrays(cfg: Any, path: str, arrays: dict[str, np.ndarray | None]) -> Vectors:
+def from_arrays(cfg: Any, path: str, arrays: dict[str, np.ndarray | None]) -> VectorSet:
     """The dataset in an npz's arrays: `vectors` (N, ...) of floats and, where they are there, `conditions` (N, K) of
     floats, `low` and `high` (...), the range of the vectors' elements.
 
@@ -92,7 +93,7 @@ def from_arrays(cfg: Any, path: str, arrays: dict[str, np.ndarray | None]) -> Ve
         )
     if cfg.bounds is not None:
         _check_bounds(cfg, path, values, low, high)
-    return Vectors(cfg.name, values, conditions if cfg.conditional else None, low, high)
+    return VectorSet(cfg.name, values, conditions if cfg.conditional else None, low, high)
 
 
 def _floats(where: str, array: np.ndarray) -> torch.Tensor:
@@ -125,118 +126,6 @@ def _check_bounds(
     outside = ((values < low - slack) | (values > high + slack)).flatten(1).any(1).nonzero()
     if len(outside):
         raise ConfigError(f"data.path: row {int(outside[0])} of vectors in {path} is outside of low and high")
-
-
-class Scaling(torch.nn.Module):
-    """Normalises vectors to mean 0 and standard deviation sigma_data in every element, conditions to 0 and 1, and back.
-
-    bounds: how samples are kept between `low` and `high`: "clamp" cuts them off; "tanh" has the model learn
-    atanh of the data, so that every sample is inside and none is cut; None: they may leave.
-
-    It moves with its model (`model.scaling`), but is no part of its weights: `values` goes into the checkpoint apart.
-    """
-
-    def __init__(self, sigma_data: float, bounds: str | None = None, **tensors: Any):
-        """tensors: mean, std, condition_mean, condition_std, low, high; numbers in any container, or None."""
-        super().__init__()
-        self.sigma_data, self.bounds = sigma_data, bounds
-        for name in ("mean", "std", "condition_mean", "condition_std", "low", "high"):
-            given = tensors.get(name)
-            tensor = None if given is None else torch.as_tensor(given, dtype=torch.float32)
-            self.register_buffer(name, tensor, persistent=False)
-
-    @classmethod
-    def fit(cls, dataset: Vectors, sigma_data: float = 0.5, bounds: str | None = None) -> Scaling:
-        """The normalisation of a training set. An element that never changes comes back as it was in every sample."""
-        limits = {"low": dataset.low, "high": dataset.high} if bounds else {}
-        scaling = cls(sigma_data, bounds, **limits)
-        for name, values in (("", scaling.open(dataset.values)), ("condition_", dataset.conditions)):
-            if values is not None:
-                std, mean = torch.std_mean(values.double(), dim=0, correction=0)
-                std[std < 1e-6 * mean.abs()] = 0
-                setattr(scaling, f"{name}mean", mean.float())
-                setattr(scaling, f"{name}std", std.float())
-        return scaling
-
-    def values(self) -> dict[str, Any]:
-        """What makes the same Scaling again, Scaling(**values), in plain numbers and lists."""
-        tensors = {name: None if b is None else b.tolist() for name, b in self._buffers.items()}
-        return {"sigma_data": self.sigma_data, "bounds": self.bounds, **tensors}
-
-    def normalise(self, values: torch.Tensor) -> torch.Tensor:
-        """Data (B, *shape) in their own units -> what the model sees; in their dtype."""
-        return (self.open(values) - self.mean) / nonzero(self.std) * self.sigma_data
-
-    def restore(self, x: torch.Tensor) -> torch.Tensor:
-        """What the model gives (B, *shape) -> data in their own units, inside the bounds: the inverse."""
-        values = x / self.sigma_data * self.std + self.mean
-        if self.bounds == "tanh":
-            values = (self.low + self.high) / 2 + (self.high - self.low) / 2 * values.tanh()
-        # tanh rounds too
-        return values if self.bounds is None else torch.maximum(torch.minimum(values, self.high), self.low)
-
-    def condition(self, conditions: torch.Tensor) -> torch.Tensor:
-        """Conditions (B, K) in their own units -> what the model sees: mean 0, standard deviation 1."""
-        return (conditions - self.condition_mean) / nonzero(self.condition_std)
-
-    def open(self, values: torch.Tensor) -> torch.Tensor:
-        """atanh of the values' place between the bounds, for bounds "tanh"; else the values."""
-        if self.bounds != "tanh":
-            return values
-        place = (2 * values - self.low - self.high) / (self.high - self.low)
-        return place.clamp(-SQUASHED, SQUASHED).atanh()
-
-
-def nonzero(std: torch.Tensor) -> torch.Tensor:
-    """std with 1 in place of 0, to divide by."""
-    return torch.where(std == 0, 1, std)
-
-
-# A score --------------------------------------------------------------------------------------------------------------
-
-
-def wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Exact 2-Wasserstein distance of two sets of points of one size, (N, ...) each, in their units.
-
-    The square root of the least mean square distance over all pairings, found by scipy's linear_sum_assignment.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    square = torch.cdist(a.double().flatten(1), b.double().flatten(1)).square().cpu().numpy()
-    return math.sqrt(square[linear_sum_assignment(square)].mean())
-
-
-def score(
-    samples: torch.Tensor, conditions: torch.Tensor | None, dataset: Vectors, scaling: Scaling
-) -> tuple[dict[str, float], int]:
-    """{"w2", "w2_of_data"} and the number of vectors compared.
-
-    w2: 2-Wasserstein distance of samples (M, *shape) to as many training vectors, in the data's standard deviations;
-    with conditions (M, K), of the pairs of both. w2_of_data: the same of other training vectors, what perfect samples
-    would get.
-    """
-    n = min(len(samples), len(dataset) // 2, SCORED)
-    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: 2 * n]
-    scaling = copy.deepcopy(scaling).cpu()
-
-    def joint(values: torch.Tensor, conditions: torch.Tensor | None) -> torch.Tensor:
-        x = (scaling.normalise(values) / scaling.sigma_data).flatten(1)
-        return x if conditions is None else torch.cat([x, scaling.condition(conditions)], 1)
-
-    own = joint(samples[:n], conditions if conditions is None else conditions[:n])
-    a, b = joint(*dataset.read(rows)).split(n)
-    return {"w2": wasserstein(own, a), "w2_of_data": wasserstein(b, a)}, n
-
-
-def describe(scores: dict[str, float], num: int) -> str:
-    """The scores in words."""
-    return (
-        f"2-Wasserstein distance {scores['w2']:.4g} ({scores['w2_of_data']:.4g} between two parts of the training set; "
-        f"{num:,} vectors, in standard deviations of the data)"
-    )
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def write(samples: torch.Tensor, conditions: torch.Tensor | None, file: BinaryIO) -> None:

@@ -50,6 +50,7 @@ import config  # noqa: E402
 import main  # noqa: E402
 from metrics import scores  # noqa: E402
 from training import trainer  # noqa: E402
+from training.step import TrainingStep  # noqa: E402
 
 STEPS = 40
 TRAIN = {"steps": STEPS, "save_every": 2, "log_every": 3, "batch_size": 8}
@@ -140,14 +141,14 @@ class Run:
 
 def at_step(step: int, action: Callable[[trainer.Trainer], None]) -> None:
     """Call action(run) before step `step` of every run of this process."""
-    real = trainer.Trainer.train_step
+    real = TrainingStep.__call__
 
     def train_step(run, *batch):
-        if run.step == step:
+        if run.train_step.step == step:
             action(run)
         real(run, *batch)
 
-    trainer.Trainer.train_step = train_step
+    TrainingStep.__call__ = train_step
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -516,7 +517,7 @@ def damage(times: int, folder: Path) -> str:
         with contextlib.redirect_stderr(said):
             run = trainer.Trainer(tiny(run_folder, train={"steps": 4}))
             run.resume()
-        check(run.step == 2 and f"going on from {older}" in said.getvalue(), said.getvalue())
+        check(run.train_step.step == 2 and f"going on from {older}" in said.getvalue(), said.getvalue())
         fell_back += 1
 
     def refuses(words: str, state: dict | None = None, **changes: dict) -> None:
@@ -1103,16 +1104,16 @@ def numbers(times: int, folder: Path) -> str:
     for i in range(times):
         cfg = tiny(folder / f"run{i}", train={"steps": 60, "log_every": 4, "save_every": 3, "max_bad_steps": 6})
         run = trainer.Trainer(cfg)
-        layers = [n for n, m in run.model.named_modules() if re.search(r"block\d\.conv[01]$", n)]
+        layers = [n for n, m in run.train_step.model.named_modules() if re.search(r"block\d\.conv[01]$", n)]
         layer, first, kind = rng.choice(layers), rng.randrange(5, 20), ("output", "gradient", "loss")[i % 3]
         seen: dict[str, torch.Tensor] = {}
 
         def spoil(run, layer=layer, first=first, kind=kind, seen=seen):
-            module, objective = run.model.get_submodule(layer), run.objective.forward
+            module, objective = run.train_step.model.get_submodule(layer), run.train_step.objective.forward
             if kind == "output":
-                module.register_forward_hook(lambda m, a, out: out * math.inf if run.step >= first else None)
+                module.register_forward_hook(lambda m, a, out: out * math.inf if run.train_step.step >= first else None)
             elif kind == "gradient":
-                spoilt = lambda g: g * math.nan if run.step >= first else g  # noqa: E731
+                spoilt = lambda g: g * math.nan if run.train_step.step >= first else g  # noqa: E731
                 module.register_forward_hook(
                     lambda m, a, out: out.register_hook(spoilt) and None if out.requires_grad else None
                 )
@@ -1120,17 +1121,17 @@ def numbers(times: int, folder: Path) -> str:
 
                 def bad_loss(*args, **kwargs):
                     out = objective(*args, **kwargs)
-                    if run.step >= first:
+                    if run.train_step.step >= first:
                         out.log["loss_by_sigma/1-10"] = (out.loss.detach() * math.nan, torch.ones(()))
                         out.loss = out.loss + math.inf  # its gradient is finite
                     return out
 
-                run.objective.forward = bad_loss
+                run.train_step.objective.forward = bad_loss
             real = run.train_step
 
             def watched(*batch):
-                if run.step == first:
-                    seen.update({k: v.clone() for k, v in run.model.state_dict().items()})
+                if run.train_step.step == first:
+                    seen.update({k: v.clone() for k, v in run.train_step.model.state_dict().items()})
                 real(*batch)
 
             run.train_step = watched
@@ -1152,7 +1153,7 @@ def numbers(times: int, folder: Path) -> str:
         if kind == "loss":
             check("sigma 1-10" in said, said)
         state = checkpoints.load(cfg.run.folder / "checkpoints" / "last.ckpt")
-        check(state["step"] == run.step and same(seen, state["model"]), "the weights were moved")
+        check(state["step"] == run.train_step.step and same(seen, state["model"]), "the weights were moved")
         check(
             any(first >= int(p.stem.split("-")[1]) for p in checkpoints.numbered(cfg.run.folder / "checkpoints")),
             "rotated",
@@ -1163,7 +1164,7 @@ def numbers(times: int, folder: Path) -> str:
         with contextlib.redirect_stdout(io.StringIO()):
             again.loop()
         again.close()
-        check(again.step == 60 and all(p.isfinite().all() for p in again.model.parameters()), "it did not go on")
+        check(again.train_step.step == 60 and all(p.isfinite().all() for p in again.train_step.model.parameters()), "it did not go on")
     return f"{times}: each report names step, objective, noise levels and layer; the weights saved are those before it"
 
 

@@ -43,7 +43,16 @@ def test_config_yml_shows_every_key():
 
 
 def test_the_committed_schema_is_current():
-    assert (ROOT / "config.schema.json").read_text() == config.json_schema(), "python config.py > config.schema.json"
+    assert (ROOT / "config.schema.json").read_text() == config.json_schema(), "python -m config > config.schema.json"
+    printed = subprocess.run([sys.executable, "-m", "config"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert printed.stdout == config.json_schema()
+
+
+def test_config_does_without_torch_and_rooms_above_it():
+    above = ("torch", "numpy", "data", "training", "objectives")
+    code = f"import config, sys; print([m for m in {above} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout == "[]\n"
 
 
 def test_dump_reads_back(tmp_path):
@@ -88,6 +97,35 @@ def test_dump_reads_back(tmp_path):
             "metrics: {reference: x.npz, features: inception, scores: [fid, prc]}",
             "c.yml:1: metrics.scores: metrics.reference has the statistics of a FID alone",
         ),
+        ("a: &x {lr: 1}\ntrain: *x", "c.yml:2: not valid YAML: references (*name) are not read here"),
+        ("? [train]\n: 3", "c.yml:1: not valid YAML: a key must be a name"),
+        ("train: {steps: !!int x}", "c.yml: cannot be read: invalid literal for int()"),
+        (f"train: {{steps: 0x{'f' * 4000}}}", "c.yml: cannot be read: Exceeds the limit (4300 digits)"),
+        ("[" * 3000, "c.yml: cannot be read: maximum recursion depth exceeded"),
+        ("{a: " * 3000, "c.yml: cannot be read: maximum recursion depth exceeded"),
+        ("train: {lr: \0}", "c.yml: not valid YAML: unacceptable character #x0000"),
+        ("#" * 1_000_001, "c.yml: cannot be read: it is longer than 1,000,000 characters"),
+        ("train: {lr_warmup: 400000}", "c.yml:1: train.lr_warmup: must be below train.steps (400000)"),
+        (
+            "train: {lr_warmup: 1.0}",
+            "c.yml:1: train.lr_warmup: input should be an integer from 0 (steps) or a number b",
+        ),
+        (
+            "train: {log_every: 0}",
+            "c.yml:1: train.log_every: input should be an integer from 1 (steps) or a number bet",
+        ),
+        ("train: {save_every: fast}", "c.yml:1: train.save_every: input should be an integer from 1 (steps) or"),
+        (
+            "sample: {every: true}",
+            "c.yml:1: sample.every: input should be an integer from 0 (steps) or a number betwee",
+        ),
+        (
+            "metrics: {every: -0.5}",
+            "c.yml:1: metrics.every: input should be an integer from 0 (steps) or a number betw",
+        ),
+        ("objective: {name: sct, warmup: .nan}", "c.yml:1: objective.warmup: input should be an integer from 0"),
+        ("objective: {stage: 0.2, double_kimg: 3}", "c.yml:1: objective.stage: give either this or objective.double_k"),
+        ("objective: {name: ict, stage: 0.2}", "c.yml:1: objective.stage: there is no such setting for this objective"),
     ],
 )
 def test_messages_name_file_line_key_and_the_nearest_right_name(text, expected, tmp_path):
@@ -111,6 +149,40 @@ def test_overrides(tmp_path):
 def test_a_bad_override_says_so(override, tmp_path):
     text = message(raw={}, overrides=[override], tmp_path=tmp_path)
     assert ("command line" in text and override.split("=")[0].split(".")[-1] in text) or text.startswith("c.yml: a:")
+
+
+def test_a_length_is_steps_or_a_share_of_the_run():
+    assert config.in_steps(7, 2800) == 7 and config.in_steps(0, 2800) == 0
+    assert config.in_steps(0.02, 2800) == 56 and isinstance(config.in_steps(0.02, 2800), int)
+    assert config.in_steps(0.01, 30) == 1 and config.in_steps(0.25, 30) == 8  # at least one; the nearest
+    assert config.in_steps(0.25, 30, whole=False) == 7.5 and config.in_steps(0.01, 30, whole=False) == 1
+    train = config.parse({"train": {"steps": 10, "lr_warmup": 0.5, "save_every": 0.1, "log_every": 3}}).train
+    assert (train.lr_warmup, train.save_every, train.log_every) == (0.5, 0.1, 3)
+
+
+def test_a_stage_takes_the_place_of_double_kimg(tmp_path):
+    def stage(*overrides, text="{}"):
+        (tmp_path / "c.yml").write_text(text)
+        objective = config.load(tmp_path / "c.yml", list(overrides)).objective
+        return objective.stage, objective.double_kimg
+
+    assert stage() == (None, 3200.0) and stage(text="objective: {double_kimg: 36.0}") == (None, 36.0)
+    assert stage("objective.stage=0.2") == stage(text="objective: {stage: 0.2}") == (0.2, None)
+    assert stage("objective.stage=500") == (500, None)
+    assert stage("objective.stage=null") == (None, 3200.0)
+    assert stage("objective.stage=0.2", "objective.double_kimg=null", text="objective: {double_kimg: 36.0}") == (
+        0.2,
+        None,
+    )
+
+
+def test_the_default_runs_lengths_are_those_it_was_measured_with():
+    cfg = config.load(ROOT / "config.yml")
+    steps, t = cfg.train.steps, cfg.train
+    lengths = [config.in_steps(length, steps) for length in (t.lr_warmup, t.save_every, t.log_every, cfg.sample.every)]
+    assert (steps, lengths) == (2800, [56, 700, 100, 700])
+    stage = config.in_steps(cfg.objective.stage, steps, whole=False)
+    assert all(k // stage == k // 562.5 for k in range(steps))  # 36 kimg of batches of 64
 
 
 def test_a_typo_is_one_line_exit_code_2_and_quick(tmp_path):

@@ -11,7 +11,7 @@ import yaml
 import config
 import networks
 from sources.augment import AUGMENT_DIM
-from training.build import build as objective_of
+from training.build import build_objective
 
 ROOT = Path(__file__).parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yml"))}
@@ -55,11 +55,12 @@ def commands(path: Path) -> list[config.Config]:
 def build(cfg: config.Config) -> networks.Preconditioner:
     """The config's network, without memory for its weights."""
     if cfg.network.name == "mlp":
-        return networks.build(cfg.network, **VECTORS[cfg.run.name])
+        return networks.build(cfg.network.model_dump(), **VECTORS[cfg.run.name])
     resolution, channels = NATIVE.get(cfg.data.name, (cfg.data.resolution, cfg.data.channels))
     label_dim = CLASSES[cfg.data.name] if cfg.data.conditional else 0
+    augment_dim = AUGMENT_DIM if cfg.data.augment else 0
     with torch.device("meta"):
-        return networks.build(cfg.network, resolution, channels, label_dim, AUGMENT_DIM if cfg.data.augment else 0)
+        return networks.build(cfg.network.model_dump(), resolution, channels, label_dim, augment_dim)
 
 
 def millions(model: torch.nn.Module) -> float:
@@ -74,7 +75,7 @@ def test_network_and_objective_build(name):
         assert millions(model) == pytest.approx(PUBLISHED[name], rel=0.005)
     if getattr(cfg.objective, "metric", None) == "lpips":  # VGG's weights may not be here
         cfg = load(FILES[name], "objective.metric=l2")
-    assert isinstance(objective_of(cfg, model, model), torch.nn.Module)
+    assert isinstance(build_objective(cfg, model, model), torch.nn.Module)
 
 
 def test_adm_at_256_pixels_has_its_published_size():
@@ -157,7 +158,7 @@ def test_cmt_goes_on_to_ect_with_a_constant_q_of_4096():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.yml")), ids=lambda path: path.stem)
-def test_every_row_of_a_benchmark_is_a_config(path):
+def test_every_row_of_a_benchmark_is_a_config_of_any_length(path):
     rows = yaml.safe_load(path.read_text())
     if isinstance(rows, dict):  # a config itself, that rows share
         rows = [{"name": "itself", "cfg": path.relative_to(ROOT)}]
@@ -166,4 +167,38 @@ def test_every_row_of_a_benchmark_is_a_config(path):
     for row in rows:
         assert {row.get("teacher"), row.get("init_from")} <= {None, *names}
         teacher = [f"objective.teacher={row['teacher']}"] if "teacher" in row else []
-        config.load(ROOT / row["cfg"], [*row.get("set", []), *teacher])
+        for steps in ([], ["train.steps=30"], ["train.steps=10000"]):
+            config.load(ROOT / row["cfg"], [*row.get("set", []), *teacher, *steps])
+
+
+@pytest.mark.parametrize("path", [ROOT / "config.yml", *FILES.values()], ids=lambda path: path.stem)
+@pytest.mark.parametrize("steps", [30, 10_000])
+def test_the_length_of_a_run_alone_is_a_valid_edit(path, steps):
+    assert load(path, f"train.steps={steps}").train.steps == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "steps"),
+    [
+        ("cifar10_edm", "train.lr_warmup", 10_000_000 // 512),
+        ("cifar10_trigflow", "train.lr_warmup", 10_000_000 // 512),
+        ("imagenet64_edm", "train.lr_warmup", 10_000_000 // 4096),
+        ("mnist_edm", "train.lr_warmup", 50),
+        ("mnist", "train.lr_warmup", 28),
+        ("mnist", "objective.warmup", 1400),
+        ("mnist", "sample.every", 700),
+        ("policy_pendulum", "train.lr_warmup", 100),
+        ("policy_pendulum", "train.log_every", 1000),
+        ("policy_pendulum", "train.save_every", 3000),
+    ],
+)
+def test_a_share_is_the_published_or_measured_number_of_steps(name, key, steps):
+    cfg = load(FILES[name])
+    section, setting = key.split(".")
+    assert config.in_steps(getattr(getattr(cfg, section), setting), cfg.train.steps) == steps
+
+
+def test_a_policy_has_six_stages_of_a_thousand_steps():
+    cfg = load(FILES["policy_pendulum"])
+    stage = config.in_steps(cfg.objective.stage, cfg.train.steps, whole=False)
+    assert [k // stage for k in range(cfg.train.steps)] == [k // 1000 for k in range(6000)]

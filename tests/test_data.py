@@ -22,6 +22,10 @@ from PIL import Image
 
 import data
 from config import ConfigError, Data, parse
+from objectives.draws import Draws
+from sources import codecs, files
+from sources.augment import AUGMENT_DIM, augment
+from sources.images import ImageSet, draw_labels, fit_channels, fit_resolution
 
 RNG = np.random.default_rng(0)
 
@@ -80,7 +84,7 @@ def test_to_uint8_rounds_and_clamps():
 
 def test_flip_mirrors_the_flagged_images_left_to_right():
     images = torch.from_numpy(pixels(3)).permute(0, 3, 1, 2)
-    out = data.flip(images, torch.tensor([True, False, True]))
+    out = codecs.flip(images, torch.tensor([True, False, True]))
     assert torch.equal(out[1], images[1])
     assert torch.equal(out[0], images[0].flip(2)) and torch.equal(out[2, :, :, 0], images[2, :, :, -1])
 
@@ -88,12 +92,67 @@ def test_flip_mirrors_the_flagged_images_left_to_right():
 def test_grey_from_colour_is_pils_and_resizing_down_is_the_mean():
     images = torch.from_numpy(pixels(4)).permute(0, 3, 1, 2)
     grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images.permute(0, 2, 3, 1).numpy()])
-    ours = data.fit_channels(images, 1)
+    ours = fit_channels(images, 1)
     assert (ours[:, 0].int() - torch.from_numpy(grey).int()).abs().max() <= 1
-    assert torch.equal(data.fit_channels(ours, 3), ours.expand(-1, 3, -1, -1))
+    assert torch.equal(fit_channels(ours, 3), ours.expand(-1, 3, -1, -1))
     half = images.float().view(4, 3, 4, 2, 4, 2).mean((3, 5)).round().to(torch.uint8)
-    assert torch.equal(data.fit_resolution(images, 4), half)
-    assert torch.equal(data.fit_resolution(images[:, :, 2:6], None), images[:, :, 2:6, 2:6])
+    assert torch.equal(fit_resolution(images, 4), half)
+    assert torch.equal(fit_resolution(images[:, :, 2:6], None), images[:, :, 2:6, 2:6])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the model sees
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_training_batch_is_flipped_augmented_and_labelled_by_its_draws(dtype):
+    images, labels = torch.from_numpy(pixels(12)).permute(0, 3, 1, 2), torch.arange(12) % 4
+    plain = codecs.ImageCodec(8, 3, label_dim=4)
+    x, given = plain.to_model(images, labels, Draws(3, 12), dtype)
+    assert torch.equal(x, data.to_float(images, dtype)) and x.is_contiguous()
+    assert given.keys() == {"class_labels"} and given["class_labels"].dtype == dtype
+    assert torch.equal(given["class_labels"], torch.eye(4, dtype=dtype)[labels])
+    assert plain.to_model(images, None, Draws(3, 12))[1] == {}
+    both = codecs.ImageCodec(8, 3, augment_dim=AUGMENT_DIM, flip=True, augment=0.5)
+    draws = Draws(3, 12)  # the flips come first, then the augmentation's
+    flipped = codecs.flip(images, draws.integers(2, (12,)).bool())
+    moved, told = augment(data.to_float(flipped, dtype), 0.5, draws)
+    x, given = both.to_model(images, labels, Draws(3, 12), dtype)
+    assert torch.equal(x, moved) and torch.equal(given["augment_labels"], told) and len(given) == 1
+    assert not torch.equal(flipped, images) and not torch.equal(moved, data.to_float(flipped, dtype))
+    assert torch.equal(plain.from_model(data.to_float(images, dtype)), images)
+
+
+def test_an_image_codec_goes_into_a_checkpoint_and_comes_back_without_augmentation(tmp_path):
+    dataset = ImageSet("x", 3, torch.tensor([0, 2, 2, 0, 2]), torch.zeros(5, 1, 8, 8, dtype=torch.uint8))
+    settings = {"data": {"name": "folder", "path": "x", "conditional": True, "flip": True}}
+    codec = dataset.codec(parse(settings))
+    assert codec.kind == "images" and codec.flip and not codec.augment and not list(codec.state_dict())
+    assert codec.state() == {
+        "shape": {"resolution": 8, "channels": 1, "label_dim": 3, "augment_dim": 0},
+        "class_counts": [2, 0, 3],
+        "scaling": None,
+    }
+    back = codecs.codec_from(codec.state())
+    assert back.state() == codec.state() and not back.flip
+    images = torch.from_numpy(pixels(4, channels=1)).permute(0, 3, 1, 2)
+    assert torch.equal(back.to_model(images, None, Draws(0, 4))[0], data.to_float(images))
+    settings["data"] = {**settings["data"], "conditional": False, "flip": False, "augment": 0.2}
+    codec = dataset.codec(parse(settings))
+    assert codec.augment == 0.2 and codec.class_counts is None
+    assert codec.network_shape == {"resolution": 8, "channels": 1, "label_dim": 0, "augment_dim": AUGMENT_DIM}
+    assert not codecs.codec_from(codec.state()).augment
+
+
+def test_samples_are_asked_for_as_often_as_classes_come_where_the_network_is_told_them(tmp_path):
+    images = {f"{'ab'[i % 4 == 0]}/{i}.png": encoded(x) for i, x in enumerate(pixels(12))}
+    write_folder(tmp_path / "images", images)
+    dataset = data.load(settings(tmp_path, conditional=True))
+    drawn = dataset.draw_given(7, range(2000))
+    assert torch.equal(drawn, draw_labels(7, range(2000), [9, 3])) and abs(drawn.float().mean() - 0.25) < 0.05
+    assert torch.equal(dataset.draw_given(7, [5, 1000]), drawn[[5, 1000]])
+    assert not torch.equal(dataset.draw_given(8, range(2000)), drawn)
+    assert data.load(settings(tmp_path)).draw_given(7, range(4)) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,7 +173,7 @@ def test_the_order_is_the_same_stream_on_every_machine():
     assert data.order(10, 0, torch.arange(10)).tolist() == [3, 2, 6, 8, 0, 1, 9, 4, 5, 7]
 
 
-def take(dataset: data.Dataset, count: int, **options) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def take(dataset: ImageSet, count: int, **options) -> list[tuple[torch.Tensor, torch.Tensor]]:
     iterator = data.batches(dataset, **{"seed": 5, "batch_size": 6, **options})
     taken = list(itertools.islice(iterator, count))
     iterator.close()
@@ -122,7 +181,7 @@ def take(dataset: data.Dataset, count: int, **options) -> list[tuple[torch.Tenso
 
 
 @pytest.fixture(scope="module")
-def numbered(tmp_path_factory) -> tuple[data.Dataset, data.Dataset]:
+def numbered(tmp_path_factory) -> tuple[ImageSet, ImageSet]:
     """20 images, image i all of grey level i and labelled i: in memory, and lazy."""
     tmp_path = tmp_path_factory.mktemp("numbered")
     files = {f"{i:02}/x.png": encoded(np.full((8, 8), i, np.uint8)) for i in range(20)}
@@ -198,7 +257,7 @@ def test_mnist_is_padded_to_32(tmp_path, name, kind):
     assert np.array_equal(dataset.images[:, 0, 2:30, 2:30].numpy(), images)
     assert dataset.images.sum() == images.sum() and dataset.labels.tolist() == labels.tolist()
     half = data.load(settings(tmp_path, name=name, path=None, resolution=16)).images
-    assert torch.equal(half, data.fit_resolution(dataset.images, 16))
+    assert torch.equal(half, fit_resolution(dataset.images, 16))
 
 
 @pytest.mark.parametrize(("name", "kind", "classes"), [("cifar10", "CIFAR10", 10), ("cifar100", "CIFAR100", 100)])
@@ -492,13 +551,13 @@ def test_one_colour_image_makes_the_set_colour_and_a_late_one_is_an_error(tmp_pa
 
 
 def test_slow_sets_are_cached_decoded_and_the_cache_is_never_stale(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_SECONDS", -1)
+    monkeypatch.setattr(files, "CACHE_SECONDS", -1)
     images = pixels(3)
     write_folder(tmp_path / "images", {f"{i}.png": encoded(x) for i, x in enumerate(images)})
     first = data.load(settings(tmp_path)).images
     (cache,) = (tmp_path / "data" / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(data.Files, "decode", None)
+        patch.setattr(files.Files, "decode", None)
         assert torch.equal(data.load(settings(tmp_path)).images, first)
     assert data.load(settings(tmp_path, channels=1)).images.shape == (3, 1, 8, 8)
     cache.write_bytes(cache.read_bytes()[:-100])
@@ -510,7 +569,7 @@ def test_slow_sets_are_cached_decoded_and_the_cache_is_never_stale(tmp_path, mon
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(data, "CACHE_SECONDS", -1)
+    monkeypatch.setattr(files, "CACHE_SECONDS", -1)
     write_folder(tmp_path / "images", {"a.png": encoded(pixels(1)[0])})
     (tmp_path / "data").write_bytes(b"a file, where a folder should be")
     assert len(data.load(settings(tmp_path))) == 1
@@ -599,7 +658,7 @@ def test_zip_names_that_climb_are_refused(tmp_path, name):
 
 
 def test_zip_bombs_and_odd_members_are_skipped_by_name(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(data, "MAX_FILE", 1000)
+    monkeypatch.setattr(files, "MAX_FILE", 1000)
     good = encoded(np.zeros((8, 8, 3), np.uint8))
     path = write_zip(tmp_path / "set.zip", {"a.png": good, "b.png": good + bytes(100_000)})
     with zipfile.ZipFile(path, "a", zipfile.ZIP_LZMA) as archive:
@@ -614,7 +673,7 @@ def test_zip_bombs_and_odd_members_are_skipped_by_name(tmp_path, monkeypatch, ca
     messages = [record.getMessage() for record in caplog.records]
     for name, word in (("b.png", "unpacks to more"), ("c.png", "compression"), ("d.png", "encrypted")):
         assert any(name in message and word in message for message in messages), messages
-    monkeypatch.setattr(data, "MAX_JSON", 10)
+    monkeypatch.setattr(files, "MAX_JSON", 10)
     path = write_zip(tmp_path / "json.zip", {"a.png": good, "dataset.json": b'{"labels": null     }'})
     with pytest.raises(ConfigError) as info:
         data.load(settings(tmp_path, name="zip", path=path))
@@ -622,7 +681,7 @@ def test_zip_bombs_and_odd_members_are_skipped_by_name(tmp_path, monkeypatch, ca
 
 
 def test_a_hundred_mutated_zips_give_a_dataset_or_one_line(tmp_path):
-    logging.getLogger("data").setLevel(logging.ERROR)
+    logging.getLogger("sources").setLevel(logging.ERROR)
     files = {f"{i}.png": encoded(x) for i, x in enumerate(pixels(3))}
     files["dataset.json"] = json.dumps({"labels": [[name, 0] for name in files]}).encode()
     content = np.frombuffer(Path(write_zip(tmp_path / "set.zip", files)).read_bytes(), np.uint8)
@@ -640,7 +699,7 @@ def test_a_hundred_mutated_zips_give_a_dataset_or_one_line(tmp_path):
         except ConfigError as error:
             assert "\n" not in str(error)
             refused += 1
-    logging.getLogger("data").setLevel(logging.NOTSET)
+    logging.getLogger("sources").setLevel(logging.NOTSET)
     assert 10 < refused < 100
 
 

@@ -18,8 +18,9 @@ from torch.nn.functional import one_hot
 
 import checkpoints
 import config
+import convert
 import networks
-from checkpoints import formats
+from checkpoints import common, formats, openai
 
 EDM = GOLDEN / "edm_checkpoint.pkl"
 OPENAI, ARCH = GOLDEN / "openai_unet.pt", GOLDEN / "openai_unet.json"
@@ -33,20 +34,20 @@ def saved(path, shape=(8, 3, 3, 0), **network):
         {"network": {"attn_resolutions": [4], **network}, "data": {"conditional": shape["label_dim"] > 0}}
     )
     torch.manual_seed(0)
-    model = networks.build(cfg.network, **shape)
+    model = networks.build(cfg.network.model_dump(), **shape)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     weights = model.state_dict()
-    counts = list(range(2, 2 + shape["label_dim"])) or None
-    state = formats._state(cfg.model_dump(), shape, counts, weights, path)
-    torch.save({"format": checkpoints.FORMAT, **state}, path)
+    state = common.new_state(cfg.model_dump(), shape, weights, path)
+    state["data"]["class_counts"] = list(range(2, 2 + shape["label_dim"])) or None
+    checkpoints.write_state(path, state)
     return path
 
 
 def refused(*argv, capsys):
     """The one line that a refused command prints; its exit code is 2."""
-    assert checkpoints.main([str(a) for a in argv]) == 2
+    assert convert.main([str(a) for a in argv]) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and "Traceback" not in err
     return err.strip()
@@ -56,7 +57,7 @@ def refused(*argv, capsys):
 
 
 def test_edm_pickle_computes_what_edm_computed(tmp_path, capsys):
-    assert checkpoints.main(["import", str(EDM), str(tmp_path / "edm.ckpt")]) == 0
+    assert convert.main(["import", str(EDM), str(tmp_path / "edm.ckpt")]) == 0
     assert "data.path" in capsys.readouterr().out
     model, io = checkpoints.load_model(tmp_path / "edm.ckpt"), golden("edm_checkpoint_io")
     assert relative_error(model(io["x"], io["sigma"]), io["D"]) < 1e-5
@@ -78,7 +79,7 @@ def test_openai_weights_compute_what_openai_computed(tmp_path):
     assert relative_error(model.model(io["x"], c_noise, labels), io["F_of_x"]) < 1e-5
     cfg = config.load(tmp_path / "cm.ckpt.yml")
     assert (cfg.network.precond, cfg.network.c_noise, cfg.network.dropout) == ("cm", "log250", 0.1)
-    assert model.class_counts == [1] * 10
+    assert model.codec.class_counts == [1] * 10
 
 
 def test_openai_diffusion_teachers_keep_edms_preconditioning(tmp_path):
@@ -98,9 +99,7 @@ def to_openai(path, target):
     """Our weights under OpenAI's names: import's own table backwards."""
     model = checkpoints.load_model(path)
     net, own = model.model, model.state_dict()
-    names = formats._names(
-        net, formats._openai_blocks(net), formats.OPENAI_PARTS, formats.OPENAI_ATTENTION, formats.OPENAI_LAYERS
-    )
+    names = common.layer_names(net, openai._blocks(net), openai.NAMES)
     weights = {}
     for name, theirs in names.items():
         value = own[name].T if theirs == "label_emb.weight" else own[name]
@@ -285,7 +284,7 @@ def test_source_text_in_a_pickle_is_left_unread(tmp_path, monkeypatch, capsys):
     content, harmless = EDM.read_bytes(), b"# source text removed"
     assert content.count(harmless) == 1
     Path("a.pkl").write_bytes(content.replace(harmless, SPRING.encode().ljust(len(harmless))))
-    assert checkpoints.main(["import", "a.pkl", "a.ckpt"]) == 0
+    assert convert.main(["import", "a.pkl", "a.ckpt"]) == 0
     model, io = checkpoints.load_model("a.ckpt"), golden("edm_checkpoint_io")
     assert relative_error(model(io["x"], io["sigma"]), io["D"]) < 1e-5
     meta = {"type": "class", "version": 6, "module_src": SPRING, "class_name": "Evil", "state": {}}
@@ -302,7 +301,7 @@ def test_what_a_pickle_can_name_it_cannot_change(tmp_path):
         stream = dumps(Named(*name))[:-1] + dumps(state)[2:-1] + b"b."
         (tmp_path / "a.pkl").write_bytes(stream)
         with pytest.raises(checkpoints.CheckpointError):
-            formats.read_edm(tmp_path / "a.pkl")
+            formats.read_pickle(tmp_path / "a.pkl")
     assert relative_error(model_of(EDM)(*inputs()), golden("edm_checkpoint_io")["D"]) < 1e-5
 
 
@@ -321,7 +320,7 @@ def test_tensors_stay_within_their_storage(tmp_path):
     assert shape in content
     (tmp_path / "a.pkl").write_bytes(content.replace(shape, shape[:1] + bytes([33]) + shape[2:], 1))
     with pytest.raises(checkpoints.CheckpointError, match="setStorage: sizes \\[33, 9\\]"):
-        formats.read_edm(tmp_path / "a.pkl")
+        formats.read_pickle(tmp_path / "a.pkl")
 
 
 def test_damaged_files_are_one_line(tmp_path, capsys):
@@ -348,7 +347,7 @@ def test_changed_bytes_give_one_line_or_a_model(tmp_path):
         place = 661 * i + 3  # the first 20 kB are names and settings, the rest mostly numbers
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << i % 8)]) + whole[place + 1 :])
         try:
-            formats._checked(formats.read_edm(path)[0], path)
+            checkpoints.model_from(formats.read_pickle(path)[0], path)
         except config.ConfigError as error:
             assert "\n" not in str(error)
             refusals += 1
@@ -374,7 +373,7 @@ def test_nothing_is_written_over(tmp_path, capsys):
 def test_the_command_line_is_one_line_too(tmp_path, capsys):
     for argv in (["import", "a"], ["export", "a", "b", "--to", "keras"], ["publish"], []):
         with pytest.raises(SystemExit) as stop:
-            checkpoints.main(argv)
+            convert.main(argv)
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert "no such checkpoint" in refused("export", tmp_path / "no", tmp_path / "d", "--to", "onnx", capsys=capsys)
 
@@ -401,7 +400,7 @@ def test_diffusers_makes_the_same_images(tmp_path, source, capsys):
         saved(path, (8, 3, 10, 0), **network, norm_groups=8, scale_shift_norm=False)
     else:
         formats.import_checkpoint(OPENAI, path, ARCH)
-    assert checkpoints.main(["export", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 0
+    assert convert.main(["export", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 0
     files = {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert files == {".json", ".safetensors"}
     pipe = diffusers.ConsistencyModelPipeline.from_pretrained(tmp_path / "out")

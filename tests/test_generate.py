@@ -15,8 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import generate
-from metrics import scores
-from sampling import drawing
+from metrics import classifier
+from sampling import drawing, samples, shards
 from training import trainer
 
 
@@ -67,13 +67,12 @@ def test_a_sample_is_from_the_ema(run, tmp_path):
     assert call(run, "--num", 4, "--format", "npz", "--out", tmp_path / "a") == 0
     assert call(run, "--num", 4, "--format", "npz", "--out", tmp_path / "b", "--ema", 1) == 0
     import checkpoints
-    import data
-    from sampling import plan
+    from sources.images import draw_labels
 
     model = checkpoints.load_model(run / "checkpoints" / "last.ckpt")
-    labels = plan.draw_labels(0, range(4), model.class_counts)
-    x = torch.cat(list(drawing.generate(model, 0, range(4), [80.0], labels=labels)))
-    expected = data.to_uint8(x).permute(0, 2, 3, 1).numpy()
+    labels = draw_labels(0, range(4), model.codec.class_counts)
+    x = torch.cat(list(drawing.generate(model, 0, range(4), [80.0], given=labels)))
+    expected = model.codec.from_model(x).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(np.load(tmp_path / "a" / "samples" / "000000.npz")["images"], expected)
     assert not np.array_equal(np.load(tmp_path / "b" / "samples" / "000000.npz")["images"], expected)
 
@@ -137,7 +136,7 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(arguments, run, capsys):
 # Many samples: on disk, piece by piece, whatever stops and however many take part
 
 
-def shards(folder):
+def kept(folder):
     """Every sample in a folder, in order: uint8 (N, H, W)."""
     files = sorted(path for path in (folder / "samples").rglob("0*.*") if path.is_file())
     if files[0].suffix == ".png":
@@ -147,25 +146,25 @@ def shards(folder):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(generate, "SHARD", 20)
+    monkeypatch.setattr(shards, "SHARD", 20)
 
 
 @pytest.mark.parametrize("format", ["png", "npz"])
 def test_a_stopped_run_goes_on(run, tmp_path, monkeypatch, capsys, small_shards, format):
     asked = ["--num", 50, "--format", format, "--seed", 5, "--batch", 8]
     assert call(run, *asked, "--out", tmp_path / "whole") == 0
-    write, draw, drawn = generate.write_shard, drawing.Drawing.draw, []
+    write, draw, drawn = samples.ImageSamples.write, drawing.Drawing.draw, []
 
-    def stop_in_the_second(images, labels, start, path):
+    def stop_in_the_second(kind, images, labels, start, path):
         if start == 20:
-            monkeypatch.setattr(generate, "write_shard", write)
+            monkeypatch.setattr(samples.ImageSamples, "write", write)
             (path.parent / f".{path.name}.part").mkdir()  # as a killed process leaves it
             raise KeyboardInterrupt
-        write(images, labels, start, path)
+        write(kind, images, labels, start, path)
 
-    monkeypatch.setattr(generate, "write_shard", stop_in_the_second)
+    monkeypatch.setattr(samples.ImageSamples, "write", stop_in_the_second)
     assert call(run, *asked, "--out", tmp_path / "parts") == 130
-    assert "--out" in capsys.readouterr().err and len(shards(tmp_path / "parts")) == 20
+    assert "--out" in capsys.readouterr().err and len(kept(tmp_path / "parts")) == 20
     assert generate.main(["--cfg", f"{run}/config.yml", "--samples", f"{tmp_path}/parts", "--calc_fid"]) == 2
     assert "finish it first" in capsys.readouterr().err
 
@@ -174,7 +173,7 @@ def test_a_stopped_run_goes_on(run, tmp_path, monkeypatch, capsys, small_shards,
     )
     assert call(run, *asked, "--out", tmp_path / "parts") == 0
     assert drawn == [(20, 40), (40, 50)]
-    assert np.array_equal(shards(tmp_path / "parts"), shards(tmp_path / "whole"))
+    assert np.array_equal(kept(tmp_path / "parts"), kept(tmp_path / "whole"))
     assert not [path for path in (tmp_path / "parts").rglob("*.part") if any(path.iterdir())]
     assert call(run, *asked, "--out", tmp_path / "parts") == 0  # again: nothing is left to do
     assert len(drawn) == 2 and "all were there already" in capsys.readouterr().out
@@ -221,14 +220,14 @@ def test_two_processes_make_the_images_of_one(run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("score at 1 NFE: fid") == 1
-    assert np.array_equal(shards(tmp_path / "one"), shards(tmp_path / "two"))
+    assert np.array_equal(kept(tmp_path / "one"), kept(tmp_path / "two"))
     (rate,) = re.findall(r"1,100 samples, .*: ([\d,]+) images/s on each of 2 x cpu", done.stdout)
     assert int(rate.replace(",", "")) > 0
 
 
 def test_no_more_than_a_shard_is_held(run, tmp_path, monkeypatch):
     """2,000 samples in shards of 100: the tensors of 8x8 grey images alive at any time, training set aside."""
-    monkeypatch.setattr(generate, "SHARD", 100)
+    monkeypatch.setattr(shards, "SHARD", 100)
     calls, seen = [], []
 
     def count_images():
@@ -239,11 +238,14 @@ def test_no_more_than_a_shard_is_held(run, tmp_path, monkeypatch):
         alive = {o.data_ptr(): len(o) for o in alive if len(o) != 1797}
         seen.append(sum(alive.values()))
 
-    read, write, update = generate.read_npz, generate.write_shard, scores.ClassifierFeatures.forward
-    monkeypatch.setattr(generate, "write_shard", lambda *args: (count_images(), write(*args))[1])
-    monkeypatch.setattr(generate, "read_npz", lambda *args: (count_images(), read(*args))[1])
+    read, write = samples.read_npz, samples.ImageSamples.write
+    update = classifier.ClassifierFeatures.forward
+    monkeypatch.setattr(samples.ImageSamples, "write", lambda *args: (count_images(), write(*args))[1])
+    monkeypatch.setattr(samples, "read_npz", lambda *args: (count_images(), read(*args))[1])
     monkeypatch.setattr(
-        scores.ClassifierFeatures, "forward", lambda self, x: (count_images(), update(self, x))[1] if len(x) else None
+        classifier.ClassifierFeatures,
+        "forward",
+        lambda self, x: (count_images(), update(self, x))[1] if len(x) else None,
     )
     asked = ["--num", 2000, "--batch", 50, "--calc_fid"]
     assert call(run, *asked, "--out", tmp_path / "o") == 0
@@ -266,7 +268,7 @@ def test_given_samples_score_as_drawn_ones(run, tmp_path, capsys, small_shards):
     assert call(run, "--num", 110, "--out", tmp_path / "npz", "--calc_fid") == 0
     assert call(run, "--num", 110, "--out", tmp_path / "png", "--format", "png") == 0
     expected = figure(capsys.readouterr().out)
-    images = shards(tmp_path / "png")
+    images = kept(tmp_path / "png")
     np.savez(tmp_path / "nhwc.npz", images=images[..., None])
     np.savez(tmp_path / "nchw.npz", np.repeat(images[:, None], 3, 1))  # grey, saved as RGB
     (tmp_path / "rgb").mkdir()

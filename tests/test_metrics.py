@@ -17,9 +17,8 @@ import torch_fidelity.feature_extractor_clip as clip
 import torch_fidelity.feature_extractor_inceptionv3 as inception
 from sklearn.datasets import load_digits
 
-import data
-from metrics import scores
-from metrics.classifier_network import Classifier
+from metrics import classifier, nearest, scores, weights
+from sources.images import ImageSet
 
 
 def config(*scores, features="classifier", weights=None, reference=None):
@@ -29,13 +28,13 @@ def config(*scores, features="classifier", weights=None, reference=None):
 
 
 def make(images, labels, name="digits"):
-    return data.Dataset(name=name, num_classes=10, labels=labels, images=images)
+    return ImageSet(name=name, num_classes=10, labels=labels, images=images)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Layers this small gain nothing from more, and lose much on a busy machine."""
-    with scores.one_thread():
+    with classifier.one_thread():
         yield
 
 
@@ -62,9 +61,9 @@ def noisy(images, level, seed=0):
 
 
 def features(cache, dataset, images):
-    path, _ = scores.classifier_weights(dataset, scores.file_name(dataset), cache, torch.device("cpu"), print)
+    path, _ = classifier.classifier_weights(dataset, scores.file_name(dataset), cache, torch.device("cpu"), print)
     with torch.no_grad():
-        return scores.load_classifier(path)(images)[0].double().numpy()
+        return classifier.load_classifier(path)(images)[0].double().numpy()
 
 
 def frechet(a, b):
@@ -104,16 +103,16 @@ def test_other_scores_mean_what_they_say(few, cache):
 
 
 def test_classifier_reads_digits_it_never_saw(digits, cache):
-    path, _ = scores.classifier_weights(digits, scores.file_name(digits), cache, torch.device("cpu"), print)
+    path, _ = classifier.classifier_weights(digits, scores.file_name(digits), cache, torch.device("cpu"), print)
     assert torch.load(path, weights_only=True)["accuracy"] > 0.96
 
 
 def test_held_out_images_are_held_out(few, monkeypatch):
-    reads, fetch = [], scores.fetch
+    reads, fetch = [], classifier.fetch
     monkeypatch.setattr(
-        scores, "fetch", lambda images, rows: (reads.append(set(rows.tolist())), fetch(images, rows))[1]
+        classifier, "fetch", lambda images, rows: (reads.append(set(rows.tolist())), fetch(images, rows))[1]
     )
-    scores.train_classifier(few, torch.device("cpu"), print)
+    classifier.train_classifier(few, torch.device("cpu"), print)
     *training, held_out = reads
     assert len(held_out) == 30 and not held_out & set.union(*training)
     assert len(set.union(held_out, *training)) == 300
@@ -121,10 +120,10 @@ def test_held_out_images_are_held_out(few, monkeypatch):
 
 def test_classifier_and_statistics_are_made_once(few, cache, monkeypatch):
     first = scores.score(few.images[:100], few, config(), cache, "cpu")
-    seen, forward = [], scores.ClassifierFeatures.forward
-    monkeypatch.setattr(scores, "train_classifier", lambda *_: pytest.fail("trained again"))
+    seen, forward = [], classifier.ClassifierFeatures.forward
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(
-        scores.ClassifierFeatures, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1]
+        classifier.ClassifierFeatures, "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1]
     )
     assert scores.score(few.images[:100], few, config(), cache, "cpu") == first
     assert sum(seen) == 100  # the samples, not the training set
@@ -169,8 +168,8 @@ def test_statistics_of_another_classifier_are_not_used(few, tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "evil"])
 def test_bad_cached_statistics_are_computed_again(few, tmp_path, monkeypatch, cache, damage):
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
-    classifier, _ = scores.classifier_weights(few, scores.file_name(few), cache, torch.device("cpu"), print)
-    (tmp_path / classifier.name).write_bytes(classifier.read_bytes())
+    path, _ = classifier.classifier_weights(few, scores.file_name(few), cache, torch.device("cpu"), print)
+    (tmp_path / path.name).write_bytes(path.read_bytes())
     cfg, said = config("fid", "prc"), []
     expected = scores.score(few.images[:100], few, cfg, tmp_path, "cpu", log=said.append)
     paths = sorted((tmp_path / "fidelity").iterdir())
@@ -236,14 +235,14 @@ def test_samples_may_stream(few, cache):
 @pytest.mark.parametrize(("channels", "resolution"), [(1, 8), (1, 28), (3, 32), (3, 50), (3, 64), (1, 3)])
 def test_classifier_takes_any_image(channels, resolution):
     images = torch.randint(0, 256, (2, channels, resolution, resolution), dtype=torch.uint8)
-    out, logits = Classifier(channels, resolution, 7).eval()(images)
+    out, logits = classifier.Classifier(channels, resolution, 7).eval()(images)
     assert out.shape == (2, 64) and logits.shape == (2, 7) and torch.isfinite(logits).all() and (out >= 0).all()
 
 
 def test_shift_moves_at_most_its_reach():
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     image[0, 0, 4, 4] = 9
-    moved = scores.shift(image.expand(200, -1, -1, -1), torch.Generator().manual_seed(0))
+    moved = classifier.shift(image.expand(200, -1, -1, -1), torch.Generator().manual_seed(0))
     _, _, rows, columns = moved.nonzero(as_tuple=True)
     assert len(rows) == 200 and set(zip(rows.tolist(), columns.tolist(), strict=True)) == {
         (r, c) for r in (3, 4, 5) for c in (3, 4, 5)
@@ -280,12 +279,12 @@ def test_no_inception_weights(few, tmp_path, monkeypatch):
 
 
 def test_a_silent_server_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(scores, "SILENCE", 0.2)
+    monkeypatch.setattr(weights, "SILENCE", 0.2)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/weights-6726825d.pth"
         with pytest.raises(scores.ScoreError, match="could not be fetched"):
-            scores.download("a network", url, tmp_path / "weights-6726825d.pth", lambda _: None)
+            weights.download("a network", url, tmp_path / "weights-6726825d.pth", lambda _: None)
     assert socket.getdefaulttimeout() is None and not list(tmp_path.iterdir())
 
 
@@ -305,7 +304,7 @@ def test_bad_weights_files(few, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
+def inception_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save({}, path)
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
@@ -317,11 +316,11 @@ def weights(tmp_path_factory):
     Path(path).unlink()
 
 
-def test_inception_scores_grey_images_and_reference_statistics(few, weights, tmp_path):
+def test_inception_scores_grey_images_and_reference_statistics(few, inception_file, tmp_path):
     small = make(few.images[:10], few.labels[:10])
-    network = inception.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=weights)
+    network = inception.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=inception_file)
 
-    cfg = config("kid", "prc", features="inception", weights=weights)
+    cfg = config("kid", "prc", features="inception", weights=inception_file)
     same = scores.score(small.images, small, cfg, tmp_path, "cpu")
     assert same["precision"] == same["recall"] == 1
     (kept,) = (tmp_path / "fidelity").glob("*-features-2048.pt")
@@ -332,7 +331,7 @@ def test_inception_scores_grey_images_and_reference_statistics(few, weights, tmp
 
     reference = tmp_path / "reference.npz"  # a point: no root of a 2048 x 2048 matrix to wait for
     np.savez(reference, mu=np.full(2048, 0.25), sigma=np.zeros((2048, 2048)))
-    cfg = config("fid", features="inception", weights=weights, reference=str(reference))
+    cfg = config("fid", features="inception", weights=inception_file, reference=str(reference))
     expected = ((values.mean(0) - 0.25) ** 2).sum() + values.var(0, ddof=1).sum()
     assert scores.score(small.images, small, cfg, tmp_path, "cpu")["fid"] == pytest.approx(expected, rel=1e-3)
 
@@ -401,7 +400,7 @@ def test_clip_scores_with_the_real_file_only(few, flat, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.jit, "load", lambda *_, **__: (ran.append(1), torch.nn.Identity())[1])
     assert "SHA-256" in message(few.images, few, cfg, tmp_path, "cpu") and not ran
 
-    monkeypatch.setitem(scores.CLIP_FILES["clip-vit-b-32"], "hash", hashlib.sha256(b"TorchScript").hexdigest())
+    monkeypatch.setitem(weights.CLIP_FILES["clip-vit-b-32"], "hash", hashlib.sha256(b"TorchScript").hexdigest())
     monkeypatch.setattr(clip, "build_model", lambda *_: SimpleNamespace(visual=Means()))
     fid = scores.score(flat[1], flat[0], cfg, tmp_path, "cpu")["fid"]
     colours = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -423,10 +422,10 @@ def test_nearest_known_case():
     levels = torch.tensor([0, 51, 102, 255], dtype=torch.uint8)
     dataset = make(levels[:, None, None, None].expand(-1, 3, 2, 2), None)
     samples = torch.full((1, 3, 2, 2), 61, dtype=torch.uint8)
-    distances, indices = scores.nearest(samples, dataset, 3, "cpu")
+    distances, indices = nearest.nearest(samples, dataset, 3, "cpu")
     assert indices.tolist() == [[1, 2, 0]] and indices.dtype == torch.int64
     torch.testing.assert_close(distances, torch.tensor([[10, 41, 61]]) / 255)
-    assert scores.nearest(samples, dataset, 9, "cpu")[1].shape == (1, 4)
+    assert nearest.nearest(samples, dataset, 9, "cpu")[1].shape == (1, 4)
 
 
 def test_nearest_is_exact_over_blocks():
@@ -434,7 +433,7 @@ def test_nearest_is_exact_over_blocks():
     images = torch.randint(0, 256, (4500, 1, 4, 4), generator=generator, dtype=torch.uint8)
     samples = torch.randint(0, 256, (1100, 1, 4, 4), generator=generator, dtype=torch.uint8)
     samples[[3, 1050]] = images[[4321, 17]]  # copies
-    distances, indices = scores.nearest(Stream(samples), make(images, None), 2, "cpu")
+    distances, indices = nearest.nearest(Stream(samples), make(images, None), 2, "cpu")
     assert distances[3, 0] == distances[1050, 0] == 0 and indices[[3, 1050], 0].tolist() == [4321, 17]
     assert distances.dtype == torch.float32
     pairs = samples.double().flatten(1), images.double().flatten(1)
@@ -447,10 +446,10 @@ def test_what_counts_as_a_copy():
     levels = torch.arange(0, 200, 2, dtype=torch.uint8)
     levels[1] = 1  # two images one level apart, all others at least two
     dataset = make(levels[:, None, None, None].expand(-1, 1, 4, 4), None)
-    assert scores.copy_threshold(dataset, "cpu", share=0.015) == pytest.approx(1 / 255)
-    assert scores.copy_threshold(dataset, "cpu", share=0.5) == pytest.approx(2 / 255)
+    assert nearest.copy_threshold(dataset, "cpu", share=0.015) == pytest.approx(1 / 255)
+    assert nearest.copy_threshold(dataset, "cpu", share=0.5) == pytest.approx(2 / 255)
     levels[50] = levels[51]  # a picture that is there twice
-    assert scores.copy_threshold(make(dataset.images, None), "cpu") == 0
+    assert nearest.copy_threshold(make(dataset.images, None), "cpu") == 0
 
 
 @pytest.mark.gpu
@@ -460,5 +459,5 @@ def test_gpu_scores_as_the_cpu(few, cache):
     expected = scores.score(samples, few, config("fid", "prc"), cache, "cpu")
     found = scores.score(samples, few, config("fid", "prc"), cache, "cuda")
     assert found["fid"] == pytest.approx(expected["fid"], rel=0.02)
-    distances, _ = scores.nearest(samples.cuda(), few.to("cuda"), 1, "cuda")
-    torch.testing.assert_close(distances, scores.nearest(samples, few, 1, "cpu")[0])
+    distances, _ = nearest.nearest(samples.cuda(), few.to("cuda"), 1, "cuda")
+    torch.testing.assert_close(distances, nearest.nearest(samples, few, 1, "cpu")[0])

@@ -551,7 +551,7 @@ def song_cfg(**changes):
         "scale_shift_norm": True,
         **NCSNPP,
     }
-    return types.SimpleNamespace(model_dump=lambda: {**settings, **changes})
+    return {**settings, **changes}
 
 
 def test_build():

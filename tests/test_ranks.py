@@ -64,8 +64,8 @@ def test_four_passes_give_the_gradient_of_one(name, teacher, tmp_path):
     for microbatch in (None, 4):
         settings = {**SETTINGS, "train": {**SETTINGS["train"], "microbatch": microbatch}}
         run = trainer.Trainer(every_objective(tmp_path, name, teacher, **settings))
-        run.step, run.update = 4, lambda lr: None  # by step 4 the pairs are closer than at step 0
+        run.train_step.step, run.train_step.update = 4, lambda lr: None  # by step 4 the pairs are closer than at step 0
         run.train_step(run.dataset.images[:16], None)
-        gradients.append(run.gradient)
+        gradients.append(run.train_step.gradient)
     assert gradients[0].norm() > 0
     assert (gradients[1] - gradients[0]).norm() / gradients[0].norm() < 1e-10

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoints
 import config
 from objectives.common import by_level
+from objectives import Output
 from training import trainer
 from training.logs import RunLog
 
@@ -40,45 +41,45 @@ def test_an_fp16_scaler_goes_on_where_it_was(tmp_path):
     run = trainer.Trainer(cfg)
     images = run.dataset.images[:16]
     run.train_step(images, None)
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    objective = run.objective
-    scale = run.scaler.get_scale()
-    run.objective = lambda *a, **k: trainer.objectives.Output(objective(*a, **k).loss * math.inf)
+    before = {name: value.clone() for name, value in run.train_step.model.state_dict().items()}
+    objective = run.train_step.objective
+    scale = run.train_step.scaler.get_scale()
+    run.train_step.objective = lambda *a, **k: Output(objective(*a, **k).loss * math.inf)
     run.train_step(images, None)
-    assert run.scaler.get_scale() == scale / 2 < 65536
-    assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
-    run.objective, run.step = objective, 2
-    skipped = int(run.skipped)
+    assert run.train_step.scaler.get_scale() == scale / 2 < 65536
+    assert all(torch.equal(before[name], value) for name, value in run.train_step.model.state_dict().items())
+    run.train_step.objective, run.train_step.step = objective, 2
+    skipped = int(run.train_step.skipped)
     run.open_folder()
     run.save()
     run.close()
     again = trainer.Trainer(cfg)
     again.resume()
-    assert again.scaler.get_scale() == scale / 2 and int(again.skipped) == skipped >= 1
+    assert again.train_step.scaler.get_scale() == scale / 2 and int(again.train_step.skipped) == skipped >= 1
     for each in (run, again):
         each.train_step(images, None)
-    assert torch.equal(run.flat.vector, again.flat.vector) and run.scaler.state_dict() == again.scaler.state_dict()
+    assert torch.equal(run.train_step.flat.vector, again.train_step.flat.vector) and run.train_step.scaler.state_dict() == again.train_step.scaler.state_dict()
 
 
 def test_a_checkpoint_of_a_device_without_a_scaler_resumes_on_one_with(tmp_path):
     trainer.Trainer(tiny(tmp_path, train={"precision": "fp32"}))
     run = trainer.Trainer(tiny(tmp_path, train={"precision": "auto"}))
-    run.step, run.saved = 2, 0
+    run.train_step.step, run.saved = 2, 0
     state = {**run.state(), "scaler": {}}
     checkpoints.save(state, tmp_path / "checkpoints", 2, 2)
-    run.scaler = torch.amp.GradScaler("cpu")
+    run.train_step.scaler = torch.amp.GradScaler("cpu")
     run.resume()
-    assert run.step == 2 and run.scaler.get_scale() == 65536
+    assert run.train_step.step == 2 and run.train_step.scaler.get_scale() == 65536
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
     run = trainer.Trainer(tiny(tmp_path))
     run.open_folder()
-    run.step = 2
+    run.train_step.step = 2
     run.save()
     with torch.no_grad():
-        next(run.model.parameters()).view(-1)[0] = math.nan
-    run.step = 4
+        next(run.train_step.model.parameters()).view(-1)[0] = math.nan
+    run.train_step.step = 4
     run.save()
     run.close()
     assert "the weights are not finite" in capsys.readouterr().out
@@ -88,8 +89,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
 def test_checkpoints_from_before_a_bad_streak_are_kept(tmp_path):
     run = trainer.Trainer(tiny(tmp_path, train={"keep": 1}))
     run.open_folder()
-    for run.step, streak in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 3)):
-        run.streak.fill_(streak)
+    for run.train_step.step, streak in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 3)):
+        run.train_step.streak.fill_(streak)
         run.save()
     run.close()
     assert [path.name for path in checkpoints.numbered(tmp_path / "checkpoints")] == [
@@ -106,8 +107,8 @@ def test_a_bad_loss_is_in_the_bin_of_its_noise_level_alone():
 
 def test_a_crash_between_the_two_names_of_a_checkpoint_costs_no_step(tmp_path):
     run = trainer.Trainer(tiny(tmp_path))
-    for run.step in (2, 4):
-        checkpoints.save(run.state(), tmp_path / "checkpoints", run.step, 2)
+    for run.train_step.step in (2, 4):
+        checkpoints.save(run.state(), tmp_path / "checkpoints", run.train_step.step, 2)
     last, older = tmp_path / "checkpoints" / "last.ckpt", tmp_path / "checkpoints" / "step-00000002.ckpt"
     last.unlink()
     last.hardlink_to(older)

@@ -9,6 +9,8 @@ import networks
 import sampler
 from objectives.draws import key, sample_noise
 from sampling import drawing, plan
+from sources.codecs import ImageCodec
+from sources.images import draw_labels
 
 CASE = golden("samplers")
 
@@ -44,16 +46,18 @@ def small(label_dim=0):
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    return networks.Preconditioner(net).eval()
+    model = networks.Preconditioner(net).eval()
+    model.codec = ImageCodec(8, 1, label_dim)
+    return model
 
 
 @pytest.mark.parametrize("sigmas", [[80.0], [80.0, 0.8], [80.0, 5.0, 0.5]])
 def test_a_sample_does_not_depend_on_its_batch(sigmas):
     model = small(label_dim=3)
-    labels = plan.draw_labels(4, range(10), [5, 3, 2])
-    whole = torch.cat(list(drawing.generate(model, 4, range(10), sigmas, labels=labels, batch_size=10)))
-    parts = torch.cat(list(drawing.generate(model, 4, range(10), sigmas, labels=labels, batch_size=3)))
-    one = torch.cat(list(drawing.generate(model, 4, [7], sigmas, labels=labels[7:8])))
+    labels = draw_labels(4, range(10), [5, 3, 2])
+    whole = torch.cat(list(drawing.generate(model, 4, range(10), sigmas, given=labels, batch_size=10)))
+    parts = torch.cat(list(drawing.generate(model, 4, range(10), sigmas, given=labels, batch_size=3)))
+    one = torch.cat(list(drawing.generate(model, 4, [7], sigmas, given=labels[7:8])))
     assert (whole - parts).abs().max() < 1 / 255 and (whole[7:8] - one).abs().max() < 1 / 255
     assert (whole[0] - whole[1]).abs().max() > 0.1
 
@@ -69,7 +73,7 @@ def test_every_evaluation_of_a_sample_sees_noise_of_its_own():
     seen = []
 
     class Nothing(torch.nn.Module):
-        shape, scaling, sigma_min = (1, 16, 16), None, 0.3
+        shape, sigma_min = (1, 16, 16), 0.3
 
         def __init__(self):
             super().__init__()
@@ -97,7 +101,7 @@ def test_a_sample_is_of_the_class_asked_for(solver):
 
 
 def test_labels_follow_the_training_set():
-    labels = plan.draw_labels(0, range(6000), [100, 0, 200, 300])
+    labels = draw_labels(0, range(6000), [100, 0, 200, 300])
     shares = torch.bincount(labels, minlength=4) / 6000
     assert shares[1] == 0 and torch.allclose(shares, torch.tensor([1, 0, 2, 3]) / 6, atol=0.03)
 
@@ -135,5 +139,5 @@ def test_guidance_mixes_the_model_with_and_without_labels():
         mixed = sampler.guided(model, 2.5)(x, sigma, class_labels=labels)
     assert not torch.allclose(null, own) and torch.allclose(mixed, null + 2.5 * (own - null))
     assert sampler.guided(model, 1) is model and sampler.guided(model, None) is model
-    draw = lambda w: next(drawing.generate(model, 0, range(4), [80.0], labels=torch.zeros(4).long(), guidance=w))  # noqa: E731
+    draw = lambda w: next(drawing.generate(model, 0, range(4), [80.0], given=torch.zeros(4).long(), guidance=w))  # noqa: E731
     assert torch.equal(draw(None), draw(1)) and not torch.equal(draw(None), draw(3))

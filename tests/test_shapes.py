@@ -9,12 +9,12 @@ import torch
 import config
 import sampler
 from objectives.draws import Draws
-from training.build import build as objective_of
+from training.build import build_objective
 
 B = 8
 SHAPES = [(B,), (B, 2), (B, 5, 3), (B, 1, 4, 4), (B, 2, 3, 4, 4)]
 SETTINGS = {"cmt": {"steps": 4}, "sct": {"warmup": 0}, "scd": {"warmup": 0}}
-NAMES = config._names("objective")
+NAMES = config.names("objective")
 
 
 class Model(torch.nn.Module):
@@ -40,13 +40,13 @@ def build(name, model):
     needs_teacher = (
         "teacher"
         in next(
-            k for k in config._kinds("objective") if name in k.model_fields["name"].annotation.__args__
+            k for k in config.kinds("objective") if name in k.model_fields["name"].annotation.__args__
         ).model_fields
     )
     raw = {"name": name, **SETTINGS.get(name, {}), **({"teacher": "unread.ckpt"} if needs_teacher else {})}
     precond = "trigflow" if name in ("sct", "scd") else "edm"
     cfg = config.parse({"objective": raw, "network": {"precond": precond}, "train": {"steps": 100}})
-    return objective_of(cfg, model, Model() if needs_teacher else None).double()
+    return build_objective(cfg, model, Model() if needs_teacher else None).double()
 
 
 def run(name, x, state):
@@ -54,14 +54,15 @@ def run(name, x, state):
     model = Model()
     objective = build(name, model)
     out = objective(model, x, step=50, draws=Draws(3, B), state=state)
-    out.loss.backward()
+    assert out.loss.shape == (B,)
+    out.loss.mean().backward()
     if hasattr(objective, "after_step"):
         objective.after_step(model, step=50)
     logs = {
         k: float(torch.as_tensor(v[0] / v[1].clamp(min=1) if isinstance(v, tuple) else v).detach())
         for k, v in out.log.items()
     }
-    return out.loss.item(), model.scale.grad.item(), logs
+    return out.loss.mean().item(), model.scale.grad.item(), logs
 
 
 def test_every_objective_is_here():

@@ -22,10 +22,10 @@ def one_step(cfg):
     run = trainer.Trainer(cfg)
     torch.manual_seed(1)
     with torch.no_grad():  # fresh, the network's last layers are almost zero, and its output with them
-        run.flat.vector.add_(0.05 * torch.randn_like(run.flat.vector))
-    run.update = lambda lr: None
+        run.train_step.flat.vector.add_(0.05 * torch.randn_like(run.train_step.flat.vector))
+    run.train_step.update = lambda lr: None
     run.train_step(run.dataset.images[:16].to(run.device), None)
-    return float(run.sums["loss"]), run.gradient.double().cpu()
+    return float(run.train_step.sums["loss"]), run.train_step.gradient.double().cpu()
 
 
 def difference(a, b):
@@ -105,7 +105,7 @@ def test_checkpointing_changes_no_bit_and_computes_blocks_again(name, teacher, t
 def test_microbatch_auto_halves_until_a_pass_fits_and_a_resumed_run_keeps_it(tmp_path, monkeypatch):
     cfg = tiny(tmp_path, train={"microbatch": "auto", "steps": 2}, network={"dropout": 0.0})
     run = trainer.Trainer(cfg)
-    tried, real = [], run.objective.forward
+    tried, real = [], run.train_step.objective.forward
 
     def of_a_small_gpu(model, x, **rest):
         tried.append(len(x))
@@ -113,12 +113,12 @@ def test_microbatch_auto_halves_until_a_pass_fits_and_a_resumed_run_keeps_it(tmp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, x, **rest)
 
-    run.objective.forward = of_a_small_gpu
-    before = run.flat.vector.clone()
+    run.train_step.objective.forward = of_a_small_gpu
+    before = run.train_step.flat.vector.clone()
     run.open_folder()
     run.find_microbatch()
-    assert tried == [16, 8, 4] and run.microbatch == 4
-    assert torch.equal(run.flat.vector, before) and not run.gradient.any()
+    assert tried == [16, 8, 4] and run.train_step.microbatch == 4
+    assert torch.equal(run.train_step.flat.vector, before) and not run.train_step.gradient.any()
     run.loop()  # on a CPU it asks no more
     run.close()
     assert tried[3:] == [4] * 8  # two steps of the whole batch
@@ -135,7 +135,7 @@ def test_ranks_agree_on_one_microbatch(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "any_rank", lambda full: next(answers))
     run.log = type("Log", (), {"say": print})()
     run.find_microbatch()
-    assert run.microbatch == 4
+    assert run.train_step.microbatch == 4
 
 
 def test_where_not_one_image_fits_one_line_says_so(tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_step_reads_no_tensor(name, teacher, tmp_path):
     """All but the optimizer, whose learning rate is a tensor on a GPU alone."""
     settings = {"data": {"augment": 0.5}, "train": {"grad_clip": 1.0}}
     run = trainer.Trainer(every_objective(tmp_path, name, teacher, **settings))
-    run.update = lambda lr: None
+    run.train_step.update = lambda lr: None
     images = run.dataset.images[:16]
     run.train_step(images, None)  # tables that are made once may be read
     with Reads() as seen:
@@ -190,7 +190,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(name, compiled, teacher, tmp_path):
         run.train_step(images, None)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    assert all(torch.isfinite(p).all() for p in run.train_step.model.parameters())
 
 
 @pytest.mark.gpu
@@ -205,9 +205,9 @@ def test_on_a_gpu_the_fast_path_gives_the_loss_and_gradient_of_fp32(name, compil
         run = trainer.Trainer(every_objective(tmp_path, name, teacher, **settings))
         images = run.dataset.images[:16].cuda()
         for _ in range(3):
-            run.sums.clear()
+            run.train_step.sums.clear()
             run.train_step(images, None)
-        results.append((float(run.sums["loss"]), run.gradient.double().cpu()))
+        results.append((float(run.train_step.sums["loss"]), run.train_step.gradient.double().cpu()))
     assert results[1][0] == pytest.approx(results[0][0], rel=0.05)
     assert difference(results[1][1], results[0][1]) < 0.2
 

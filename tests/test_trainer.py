@@ -16,10 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoints
 import config
-import data
 from config import ConfigError
 from metrics import scores
+from objectives import Output
+from sources.images import ImageSet
 from training import trainer
+from training.evaluate import Evaluation
+from training.logs import RunLog
+from training.step import TrainingStep, learning_rate
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +33,11 @@ def weights(folder):
     return {f"{part}.{k}": v for part in ("model", "objective") for k, v in state[part].items()} | {
         f"ema{i}.{k}": v for i, ema in enumerate(state["ema"]) for k, v in ema.items()
     }
+
+
+def evaluation_of(run, folder):
+    model = run.train_step.emas[0].module
+    return Evaluation(run.cfg, run.dataset, model, folder, RunLog(folder, 0, 6, 16, shown=False), 16)
 
 
 def same(a, b):
@@ -42,7 +51,7 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(objective, tmp_path, monk
     settings = {"objective": objective, "data": {"conditional": True, "augment": 0.3}}
     trainer.train(tiny(tmp_path / "a", **settings))
 
-    real, calls = trainer.Trainer.train_step, []
+    real, calls = TrainingStep.__call__, []
 
     def killed_at_step_3(self, *batch):
         calls.append(self.step)
@@ -50,7 +59,7 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(objective, tmp_path, monk
             raise RuntimeError("killed")
         real(self, *batch)
 
-    monkeypatch.setattr(trainer.Trainer, "train_step", killed_at_step_3)
+    monkeypatch.setattr(TrainingStep, "__call__", killed_at_step_3)
     with pytest.raises(RuntimeError, match="killed"):
         trainer.train(tiny(tmp_path / "b", **settings))
     torch.manual_seed(999)  # another process would start from other generator states
@@ -118,13 +127,14 @@ def test_microbatches_and_ranks_give_the_gradient_of_the_whole_batch(objective, 
 
     def gradient(rows=slice(0, 16), split=None, **place):
         run = trainer.Trainer(tiny(tmp_path, **settings, train={"precision": "fp64", "microbatch": split}))
-        vars(run).update(step=4, update=lambda lr: None, **place)  # by step 4 the pairs are closer than at step 0
+        step = run.train_step  # by step 4 the pairs are closer than at step 0
+        vars(step).update(step=4, update=lambda lr: None, **place)
         run.train_step(run.dataset.images[rows], None)
-        return run.gradient
+        return run.train_step.gradient
 
     whole = gradient()
     total = torch.zeros_like(whole)
-    monkeypatch.setattr(trainer.dist, "all_reduce", lambda own: own.copy_(total.add_(own)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda own: own.copy_(total.add_(own)))
     gradient(slice(0, 8), rank=0, world=2, local_batch=8, microbatch=8)
     ranks = gradient(slice(8, 16), rank=1, world=2, local_batch=8, microbatch=8)  # its sum is of both
     assert whole.norm() > 0
@@ -135,10 +145,10 @@ def test_microbatches_and_ranks_give_the_gradient_of_the_whole_batch(objective, 
 def test_every_step_draws_anew_and_the_same_in_every_run(tmp_path):
     def drawn(step, rank=0):
         run, seen = trainer.Trainer(tiny(tmp_path)), []
-        vars(run).update(step=step, rank=rank, local_batch=8, microbatch=4)
-        run.objective = lambda model, x, step, draws, **c: (
+        vars(run.train_step).update(step=step, rank=rank, local_batch=8, microbatch=4)
+        run.train_step.objective = lambda model, x, step, draws, **c: (
             seen.append((draws.normal((4,)), torch.rand(4)))  # noise, and what dropout draws from
-            or trainer.objectives.Output(model(x, x.new_ones(4), **c).mean())
+            or Output(model(x, x.new_ones(4), **c).mean((1, 2, 3)))
         )
         run.train_step(run.dataset.images[:8], None)
         return [tuple(part.tolist()) for both in seen for part in both]
@@ -152,23 +162,23 @@ def test_a_step_that_is_not_finite_moves_no_weight_and_is_counted(tmp_path):
     run = trainer.Trainer(tiny(tmp_path))
     images = run.dataset.images[:16]
     run.train_step(images, None)
-    before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    objective = run.objective
-    run.objective = lambda *a, **k: trainer.objectives.Output(objective(*a, **k).loss * math.nan)
+    before = {k: v.clone() for k, v in run.train_step.model.state_dict().items()}
+    objective = run.train_step.objective
+    run.train_step.objective = lambda *a, **k: Output(objective(*a, **k).loss * math.nan)
     run.train_step(images, None)
-    assert int(run.skipped) == 1 and same(before, run.model.state_dict())
-    run.objective = objective
+    assert int(run.train_step.skipped) == 1 and same(before, run.train_step.model.state_dict())
+    run.train_step.objective = objective
     run.train_step(images, None)
-    assert int(run.skipped) == 1 and not same(before, run.model.state_dict())
-    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    assert int(run.train_step.skipped) == 1 and not same(before, run.train_step.model.state_dict())
+    assert all(torch.isfinite(p).all() for p in run.train_step.model.parameters())
 
 
 def test_the_first_loss_is_the_objectives_on_the_first_batch(tmp_path):
     """Conditions, pixels and order reach the objective as they should."""
     run = trainer.Trainer(tiny(tmp_path, data={"conditional": True}))
     seen = []
-    run.objective = lambda model, x, step, draws, **c: (
-        seen.append((x, c)) or trainer.objectives.Output(model(x, x.new_ones(16), **c).mean())
+    run.train_step.objective = lambda model, x, step, draws, **c: (
+        seen.append((x, c)) or Output(model(x, x.new_ones(16), **c).mean((1, 2, 3)))
     )
     images, labels = run.dataset.images[:16], run.dataset.labels[:16]
     run.train_step(images, labels)
@@ -181,54 +191,56 @@ def test_out_of_gpu_memory_names_the_batch_and_the_way_on(tmp_path, monkeypatch)
     def full(self, *batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer.Trainer, "train_step", full)
+    monkeypatch.setattr(TrainingStep, "__call__", full)
     with pytest.raises(ConfigError, match=r"no memory for 16 images a pass; set train\.microbatch=8"):
         trainer.train(tiny(tmp_path))
 
 
 def test_learning_rate_rises_and_falls():
     settings = config.Train(steps=100, lr=2.0, lr_warmup=10, lr_decay="linear")
-    rates = [trainer.learning_rate(k, settings) for k in (0, 4, 9, 50, 99)]
+    rates = [learning_rate(k, settings) for k in (0, 4, 9, 50, 99)]
     assert rates == pytest.approx([0.2, 2 * 0.5 * 0.96, 2 * 0.91, 1.0, 0.02])
-    assert trainer.learning_rate(50, config.Train(steps=100, lr=2.0, lr_decay="cosine")) == pytest.approx(1.0)
-    assert trainer.learning_rate(50, config.Train(steps=100, lr=2.0)) == 2.0
+    assert learning_rate(50, config.Train(steps=100, lr=2.0, lr_decay="cosine")) == pytest.approx(1.0)
+    assert learning_rate(50, config.Train(steps=100, lr=2.0)) == 2.0
 
 
 def test_the_learning_rate_reaches_the_optimizer(tmp_path):
     run = trainer.Trainer(tiny(tmp_path, train={"lr_warmup": 5}))
     for step in range(3):
-        run.step = step
+        run.train_step.step = step
         run.train_step(run.dataset.images[:16], None)
-        assert float(run.optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (step + 1) / 5)
+        assert float(run.train_step.optimizer.param_groups[0]["lr"]) == pytest.approx(1e-3 * (step + 1) / 5)
 
 
 def test_samples_in_training_are_from_the_average(tmp_path):
     run = trainer.Trainer(tiny(tmp_path))
-    before = run.samples(4, None)
-    for module, changes in ((run.model, False), (run.emas[1].module, False), (run.emas[0].module, True)):
+    step = run.train_step
+    draw = lambda: evaluation_of(run, tmp_path).draw(None, 4)  # noqa: E731
+    before = draw()
+    for module, changes in ((step.model, False), (step.emas[1].module, False), (step.emas[0].module, True)):
         with torch.no_grad():
             for p in module.parameters():
                 p.add_(0.2 * torch.randn_like(p))
-        assert torch.equal(run.samples(4, None), before) != changes
+        assert torch.equal(draw(), before) != changes
 
 
 def test_init_from_takes_the_ema(tmp_path):
     trainer.train(tiny(tmp_path / "a"))
     path = tmp_path / "a" / "checkpoints" / "last.ckpt"
     run = trainer.Trainer(tiny(tmp_path / "b", train={"init_from": str(path)}))
-    assert same(run.model.state_dict(), checkpoints.load(path)["ema"][0])
+    assert same(run.train_step.model.state_dict(), checkpoints.load(path)["ema"][0])
 
 
 def test_init_from_a_model_trained_with_augmentation_labels(tmp_path):
     trainer.train(tiny(tmp_path / "a", data={"augment": 0.5}))
     path = tmp_path / "a" / "checkpoints" / "last.ckpt"
-    plain = trainer.Trainer(tiny(tmp_path / "b", train={"init_from": str(path)})).model.eval()
+    plain = trainer.Trainer(tiny(tmp_path / "b", train={"init_from": str(path)})).train_step.model.eval()
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 80.0])
     assert torch.allclose(plain(x, sigma), checkpoints.load_model(path)(x, sigma), atol=1e-6)
 
 
 def test_a_full_disk_costs_no_checkpoint_and_no_training(tmp_path, monkeypatch, capsys):
-    real = checkpoints.write_atomically
+    real = checkpoints.state.write_atomically
 
     def full(path, write):
         if path.name == "step-00000004.ckpt":
@@ -243,10 +255,10 @@ def test_a_full_disk_costs_no_checkpoint_and_no_training(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("error", [ValueError("nothing to sort"), config.ConfigError("a broken image"), MemoryError()])
 def test_what_only_shows_the_run_may_fail(error, tmp_path, monkeypatch, capsys):
-    def fails(run):
+    def fails(self, step):
         raise error
 
-    monkeypatch.setattr(trainer.Trainer, "write_grid", fails)
+    monkeypatch.setattr(Evaluation, "write_grid", fails)
     trainer.train(tiny(tmp_path, sample={"every": 2}))
     assert f"warning: step 2: fails failed ({str(error) or 'MemoryError'})" in capsys.readouterr().out
     assert checkpoints.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 6
@@ -256,7 +268,7 @@ def test_a_best_checkpoint_that_cannot_be_written_stops_where_the_config_says_so
     def full(path, state):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.state, "write_state", full)
+    monkeypatch.setattr(checkpoints, "write_state", full)
     monkeypatch.setattr(scores, "score", lambda *args, **kwargs: {"fid": 1.0})
     settings = {
         "metrics": {"every": 3, "num": 100, "features": "classifier"},
@@ -267,17 +279,17 @@ def test_a_best_checkpoint_that_cannot_be_written_stops_where_the_config_says_so
 
 
 def test_a_signal_is_not_taken_for_a_broken_file(tmp_path):
-    """A stop while rank 0 scores must reach `aside`, whatever is caught between."""
+    """A stop while rank 0 scores must reach `best_effort`, whatever is caught between."""
     run = trainer.Trainer(tiny(tmp_path))
-    run.log, went_on = trainer.RunLog(tmp_path, 0, 6, 16, shown=False), []
+    run.log, went_on = RunLog(tmp_path, 0, 6, 16, shown=False), []
 
-    def work():
+    def work(step):
         try:
-            run._on_signal(signal.SIGTERM, None)
+            run.on_signal(signal.SIGTERM, None)
         except Exception:
             went_on.append("took it for a broken image")
 
-    run.aside(work)
+    run.best_effort(work)
     run.log.close()
     assert run.stopping and not went_on
 
@@ -287,7 +299,7 @@ def test_images_that_do_not_fit_on_the_device_stay_in_memory(tmp_path, monkeypat
         raise torch.OutOfMemoryError("no memory")
 
     trainer.train(tiny(tmp_path / "a"))
-    monkeypatch.setattr(data.Dataset, "to", full)
+    monkeypatch.setattr(ImageSet, "to", full)
     trainer.train(tiny(tmp_path / "b"))
     assert "the images do not fit in cpu's memory" in capsys.readouterr().out
     a, b = (checkpoints.load(tmp_path / r / "checkpoints" / "last.ckpt")["model"] for r in "ab")
@@ -324,13 +336,13 @@ def test_the_best_checkpoint_by_score_is_kept(tmp_path, monkeypatch):
     assert best["step"] == 4 and best["best"]["scores"] == {"fid": 3.0}
     assert checkpoints.load_model(tmp_path / "checkpoints" / "best.ckpt") is not None
 
-    scores = iter([3.5, 2.5])
+    figures = iter([3.5, 2.5])
     trainer.train(tiny(tmp_path, metrics=settings, train={"steps": 8}), resume=True)
     assert checkpoints.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 4  # 3.5 is no better
     trainer.train(tiny(tmp_path, metrics=settings, train={"steps": 10}), resume=True)
     assert checkpoints.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 10
 
-    scores = iter([9.0])  # by another metric figures do not compare
+    figures = iter([9.0])  # by another metric figures do not compare
     trainer.train(tiny(tmp_path, metrics={**settings, "num": 200}, train={"steps": 12}), resume=True)
     assert checkpoints.load(tmp_path / "checkpoints" / "best.ckpt")["step"] == 12
 
@@ -352,9 +364,9 @@ def test_better_knows_which_way_a_figure_points(new, old, is_better):
 
 def test_sampling_and_scoring_do_not_count_as_training(tmp_path, monkeypatch):
     """Steps of 20 ms with 16 images are at most 800 images/s; half a second of sampling among them would make it 60."""
-    monkeypatch.setattr(trainer.Trainer, "write_grid", lambda self: time.sleep(0.5))
-    monkeypatch.setattr(trainer.Trainer, "train_step", lambda self, *batch: time.sleep(0.02))
-    monkeypatch.setattr(trainer.Trainer, "write_log", lambda self: self.log.progress(self.step, {"loss": 1.0}))
+    monkeypatch.setattr(Evaluation, "write_grid", lambda self, step: time.sleep(0.5))
+    real = TrainingStep.__call__
+    monkeypatch.setattr(TrainingStep, "__call__", lambda self, *batch: (time.sleep(0.02), real(self, *batch)))
     trainer.train(tiny(tmp_path, sample={"every": 3}, train={"steps": 12, "log_every": 2, "save_every": 100}))
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     speeds = [entry["images_per_second"] for entry in entries]

@@ -11,13 +11,17 @@ from conftest import tiny
 
 import checkpoints
 import config
+import convert
 import data
 import generate
-from checkpoints import formats
+from metrics import distance
 from networks import MLP, Preconditioner
 from objectives.scm import network as trigflow_network
-from sources import vectors
-from training import trainer
+from sampling import shards
+from sampling.samples import VectorSamples
+from sources.codecs import VectorCodec, codec_from
+from training import build, trainer
+from training.step import TrainingStep
 
 RNG = np.random.default_rng(0)
 STATES = RNG.normal(size=(300, 3)) * [1, 10, 0.1] + [5, 0, -2]
@@ -134,22 +138,46 @@ def test_normalised_data_have_mean_0_and_std_sigma_data_in_every_element(shape, 
     values = RNG.normal(size=(500, *shape)) * RNG.uniform(0.01, 50, shape) + RNG.normal(size=shape) * 9
     conditions = RNG.normal(size=(500, 4)) * 20 - 3
     dataset = data.load(section(save(tmp_path, vectors=values, conditions=conditions), conditional=True))
-    scaling = vectors.Scaling.fit(dataset, sigma_data=0.7)
-    x, c = scaling.normalise(dataset.values), scaling.condition(dataset.conditions)
+    codec = VectorCodec.fit(dataset.values, dataset.conditions, sigma_data=0.7)
+    x, c = codec.normalise(dataset.values), codec.condition(dataset.conditions)
     assert torch.allclose(x.mean(0), torch.zeros(shape), atol=1e-4)
     assert torch.allclose(x.std(0, correction=0), torch.full(shape, 0.7), atol=1e-4)
     assert torch.allclose(c.mean(0), torch.zeros(4), atol=1e-4)
     assert torch.allclose(c.std(0, correction=0), torch.ones(4), atol=1e-4)
-    assert np.allclose(scaling.restore(x).numpy(), values, rtol=1e-4, atol=1e-4)
-    again = vectors.Scaling(**json.loads(json.dumps(scaling.values())))
+    assert np.allclose(codec.restore(x).numpy(), values, rtol=1e-4, atol=1e-4)
+    again = codec_from(json.loads(json.dumps(codec.state())))
     assert torch.equal(again.normalise(dataset.values), x)
-    assert not list(scaling.state_dict())  # no part of the weights
+    assert again.state() == codec.state() and again.network_shape == {"shape": shape, "condition_dim": 4}
+    assert not list(codec.state_dict())  # no part of the weights
+
+
+def test_a_training_batch_and_samples_of_vectors(tmp_path):
+    path = save(tmp_path, vectors=ACTIONS, conditions=STATES, low=LOW, high=HIGH)
+    cfg = vector_run(tmp_path, path, data={"bounds": "clamp"}, network={"sigma_data": 0.8})
+    dataset = data.load(cfg.data)
+    codec = dataset.codec(cfg)
+    assert (codec.kind, codec.class_counts, codec.sigma_data, codec.bounds) == ("vectors", None, 0.8, "clamp")
+    rows = torch.tensor([7, 0, 299])
+    values, conditions = dataset.read(rows)
+    x, given = codec.to_model(values, conditions, None)  # nothing is drawn
+    assert torch.equal(x, codec.normalise(values)) and torch.equal(given["condition"], codec.condition(conditions))
+    assert torch.equal(codec.told(conditions, x)["condition"], given["condition"])
+    assert codec.told(None, x) == {} and codec.to_model(values, None, None)[1] == {}
+    assert torch.equal(codec.from_model(x), codec.restore(x))
+    x64, given64 = codec.double().to_model(values, conditions, None, torch.float64)
+    assert x64.dtype == given64["condition"].dtype == torch.float64 and torch.allclose(x64.float(), x)
+    drawn = dataset.draw_given(3, range(500))
+    assert len(drawn.unique(dim=0)) > 200 and torch.equal(dataset.draw_given(3, [7, 0]), drawn[[7, 0]])
+    assert all((dataset.conditions == row).all(1).any() for row in drawn[:20])
+    free = vector_run(tmp_path, path, data={"conditional": False})
+    dataset = data.load(free.data)
+    assert dataset.draw_given(3, range(5)) is None and dataset.codec(free).network_shape["condition_dim"] == 0
 
 
 def test_an_element_that_never_changes_is_kept():
-    scaling = vectors.Scaling.fit(vectors.Vectors("npz", torch.tensor([[1.0, 7.0], [3.0, 7.0]])))
-    x = scaling.normalise(torch.tensor([[1.0, 7.0]]))
-    assert x.tolist() == [[-0.5, 0.0]] and scaling.restore(x + 0.5).tolist() == [[2.0, 7.0]]
+    codec = VectorCodec.fit(torch.tensor([[1.0, 7.0], [3.0, 7.0]]))
+    x = codec.normalise(torch.tensor([[1.0, 7.0]]))
+    assert x.tolist() == [[-0.5, 0.0]] and codec.restore(x + 0.5).tolist() == [[2.0, 7.0]]
 
 
 @pytest.mark.parametrize("bounds", ["clamp", "tanh"])
@@ -157,21 +185,20 @@ def test_samples_never_leave_the_bounds(bounds):
     low, high = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 10.0])
     values = low + (high - low) * torch.rand(1000, 2, generator=torch.Generator().manual_seed(0))
     values[0], values[1] = low, high
-    dataset = vectors.Vectors("npz", values, low=low, high=high)
-    scaling = vectors.Scaling.fit(dataset, 0.5, bounds)
-    x = scaling.normalise(values)
+    codec = VectorCodec.fit(values, bounds=bounds, low=low, high=high)
+    x = codec.normalise(values)
     assert torch.allclose(x.mean(0), torch.zeros(2), atol=1e-4)
     assert torch.allclose(x.std(0, correction=0), torch.tensor(0.5), atol=1e-4)
     slack = 1e-5 if bounds == "clamp" else 0.0011 * (high - low) / 2  # tanh reaches its bounds at infinity
-    assert ((scaling.restore(x) - values).abs() <= slack).all()
-    wild = scaling.restore(100 * torch.randn(1000, 2))
+    assert ((codec.restore(x) - values).abs() <= slack).all()
+    wild = codec.restore(100 * torch.randn(1000, 2))
     assert (wild >= low).all() and (wild <= high).all() and wild.std() > 1
     if bounds == "tanh":  # by the formula: the middle of the range and half of it
-        raw = x / 0.5 * scaling.std + scaling.mean
+        raw = x / 0.5 * codec.std + codec.mean
         assert torch.allclose(
             raw, (((values - low) / (high - low) * 2 - 1) * 1.0).clamp(-0.999, 0.999).atanh(), atol=1e-4
         )
-    free = vectors.Scaling.fit(dataset, 0.5).restore(100 * torch.randn(1000, 2))
+    free = VectorCodec.fit(values, low=low, high=high).restore(100 * torch.randn(1000, 2))
     assert (free < low).any()
 
 
@@ -237,10 +264,10 @@ def test_settings_that_do_not_fit_vectors(changes, said, tmp_path):
 def test_networks_and_data_that_do_not_fit_are_one_line(tmp_path):
     path = save(tmp_path, vectors=ACTIONS, conditions=STATES)
     with pytest.raises(config.ConfigError, match=r"network: a UNet makes images.*network\.name: mlp"):
-        trainer.Trainer(tiny(tmp_path / "a", data={"name": "npz", "path": str(path)}))
+        trainer.train(tiny(tmp_path / "a", data={"name": "npz", "path": str(path)}))
     images = save(tmp_path, images=np.zeros((9, 8, 8, 1), np.uint8))
     with pytest.raises(config.ConfigError, match=r"network: mlp makes vectors.*network\.name: song_unet"):
-        trainer.Trainer(vector_run(tmp_path / "b", images, data={"conditional": False}))
+        trainer.train(vector_run(tmp_path / "b", images, data={"conditional": False}))
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -258,17 +285,17 @@ def test_a_resumed_run_on_vectors_is_the_unbroken_run_bit_for_bit(objective, tmp
     path = save(tmp_path, vectors=ACTIONS, conditions=STATES)
     settings = {"objective": objective, "network": {"precond": "trigflow"} if objective["name"] == "sct" else {}}
     trainer.train(vector_run(tmp_path / "a", path, **settings))
-    real = trainer.Trainer.train_step
+    real = TrainingStep.__call__
 
     def killed_at_step_3(self, *batch):
         if self.step == 3:
             raise RuntimeError("killed")
         real(self, *batch)
 
-    monkeypatch.setattr(trainer.Trainer, "train_step", killed_at_step_3)
+    monkeypatch.setattr(TrainingStep, "__call__", killed_at_step_3)
     with pytest.raises(RuntimeError, match="killed"):
         trainer.train(vector_run(tmp_path / "b", path, **settings))
-    monkeypatch.setattr(trainer.Trainer, "train_step", real)
+    monkeypatch.setattr(TrainingStep, "__call__", real)
     torch.manual_seed(999)
     trainer.train(vector_run(tmp_path / "b", path, **settings), resume=True)
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -287,10 +314,14 @@ def test_microbatches_of_vectors_give_the_gradient_of_the_whole_batch(tmp_path):
     path = save(tmp_path, vectors=ACTIONS, conditions=STATES)
 
     def gradient(microbatch):
-        run = trainer.Trainer(vector_run(tmp_path, path, train={"precision": "fp64", "microbatch": microbatch}))
-        run.update = lambda lr: None
-        run.train_step(*run.dataset.read(torch.arange(16)))
-        return run.gradient
+        cfg = vector_run(tmp_path, path, train={"precision": "fp64", "microbatch": microbatch})
+        dataset = data.load(cfg.data)
+        codec = dataset.codec(cfg)
+        model = build.build_model(cfg, codec, torch.device("cpu"), "fp64")
+        step = TrainingStep(cfg, codec, model, build.build_objective(cfg, model), "fp64")
+        step.update = lambda lr: None
+        step(*dataset.read(torch.arange(16)))
+        return step.gradient
 
     whole = gradient(None)
     assert whole.norm() > 0 and (gradient(4) - whole).norm() / whole.norm() < 1e-10
@@ -305,14 +336,14 @@ def test_a_run_on_vectors_learns_and_scores(run, capsys):
         assert arrays["vectors"].shape == (4, 2) and arrays["conditions"].shape == (4, 3)
         assert all((np.abs(STATES.astype(np.float32) - c).sum(1) == 0).any() for c in arrays["conditions"])
     model = checkpoints.load_model(run / "checkpoints" / "last.ckpt")
-    assert np.allclose(model.scaling.condition_mean, STATES.mean(0), rtol=1e-4, atol=1e-4)
-    assert (model.scaling.low.tolist(), model.scaling.bounds) == (LOW.tolist(), "tanh")
+    assert np.allclose(model.codec.condition_mean, STATES.mean(0), rtol=1e-4, atol=1e-4)
+    assert (model.codec.low.tolist(), model.codec.bounds) == (LOW.tolist(), "tanh")
 
 
 def test_the_score_is_the_exact_distance():
     a, b = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[5.5], [0.0], [2.0]])
-    assert vectors.wasserstein(a, b) == pytest.approx(math.sqrt((0 + 1 + 0.25) / 3))  # sorted, in one dimension
-    assert vectors.wasserstein(a, a[[2, 0, 1]]) == pytest.approx(0, abs=1e-6)
+    assert distance.wasserstein(a, b) == pytest.approx(math.sqrt((0 + 1 + 0.25) / 3))  # sorted, in one dimension
+    assert distance.wasserstein(a, a[[2, 0, 1]]) == pytest.approx(0, abs=1e-6)
 
 
 # generate.py ----------------------------------------------------------------------------------------------------------
@@ -340,7 +371,7 @@ def test_generate_writes_vectors_in_their_own_units_under_the_conditions_asked_f
 
 
 def test_generate_takes_the_training_sets_conditions_and_goes_on_after_a_stop(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "SHARD", 20)
+    monkeypatch.setattr(shards, "SHARD", 20)
     assert call(run, "--num", 50, "--steps", 2, "--out", tmp_path / "a") == 0
     files = sorted((tmp_path / "a" / "samples").iterdir())
     assert [f.name for f in files] == ["000000.npz", "000020.npz", "000040.npz"]
@@ -405,18 +436,19 @@ def test_images_made_elsewhere_are_not_scored_against_vectors(run, capsys):
     assert capsys.readouterr().err.startswith("--samples: scores images")
 
 
-def test_a_model_of_vectors_goes_through_safetensors(run, tmp_path):
+def test_a_model_of_vectors_goes_through_safetensors(run, tmp_path, capsys):
     pytest.importorskip("safetensors")  # of requirements-dev
-    ckpt = run / "checkpoints" / "last.ckpt"
-    formats.export_checkpoint(ckpt, tmp_path / "out", "safetensors")
-    formats.import_checkpoint(tmp_path / "out" / "model.safetensors", tmp_path / "back.ckpt", None)
-    there, back = checkpoints.load_model(ckpt), checkpoints.load_model(tmp_path / "back.ckpt")
-    assert back.scaling.values() == there.scaling.values()
+    ckpt, back = run / "checkpoints" / "last.ckpt", tmp_path / "back.ckpt"
+    assert convert.main(["export", str(ckpt), str(tmp_path / "out"), "--to", "safetensors"]) == 0
+    assert convert.main(["import", str(tmp_path / "out" / "model.safetensors"), str(back)]) == 0
+    there, back = checkpoints.load_model(ckpt), checkpoints.load_model(back)
+    assert back.codec.state() == there.codec.state()
     x, c = torch.randn(3, 2), torch.randn(3, 3)
     assert torch.equal(back(x, torch.ones(3), condition=c), there(x, torch.ones(3), condition=c))
     for kind in ("onnx", "diffusers"):
-        with pytest.raises(checkpoints.CheckpointError, match=f"--to {kind}"):
-            formats.export_checkpoint(ckpt, tmp_path / kind, kind)
+        capsys.readouterr()
+        assert convert.main(["export", str(ckpt), str(tmp_path / kind), "--to", kind]) == 2
+        assert f"--to {kind}" in capsys.readouterr().err
 
 
 def test_distillation_on_vectors_and_a_teacher_of_other_vectors(tmp_path):
@@ -436,7 +468,8 @@ def test_sct_starts_from_the_denoiser_that_an_edm_run_left(tmp_path):
     ckpt = str(tmp_path / "edm" / "checkpoints" / "last.ckpt")
     there = checkpoints.load_model(ckpt)
     settings = {"objective": {"name": "sct", "warmup": 4}, "network": {"precond": "trigflow"}}
-    here = trainer.Trainer(vector_run(tmp_path / "sct", path, **settings, train={"init_from": ckpt})).model.eval()
+    cfg = vector_run(tmp_path / "sct", path, **settings, train={"init_from": ckpt})
+    here = build.build_model(cfg, data.load(cfg.data).codec(cfg), torch.device("cpu"), "fp32").eval()
     x, sigma, condition = torch.randn(3, 2), torch.tensor([0.1, 1.0, 80.0]), torch.randn(3, there.condition_dim)
     given = [there(x, s, condition=condition) for s in (sigma, 2 * sigma)]
     assert not torch.allclose(*given, atol=1e-3)
@@ -445,7 +478,7 @@ def test_sct_starts_from_the_denoiser_that_an_edm_run_left(tmp_path):
 
 def test_the_best_checkpoint_on_vectors_has_the_lowest_distance(tmp_path, monkeypatch):
     distances = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(vectors, "score", lambda *rest: ({"w2": next(distances), "w2_of_data": 0.5}, 100))
+    monkeypatch.setattr(VectorSamples, "score", lambda *rest, **named: {"w2": next(distances), "w2_of_data": 0.5})
     path = save(tmp_path, vectors=ACTIONS, conditions=STATES)
     trainer.train(vector_run(tmp_path / "r", path, metrics={"every": 2}))
     best = checkpoints.load(tmp_path / "r" / "checkpoints" / "best.ckpt")

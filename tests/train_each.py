@@ -14,19 +14,20 @@ import torch
 
 import main
 from training import trainer
+from training.step import TrainingStep
 
 torch.set_num_threads(1)
-step = trainer.Trainer.train_step
+step = TrainingStep.__call__
 
 
 def told_to_stop(run, *batch):
-    if run.step == 3 and run.rank == 1:
+    if run.train_step.step == 3 and run.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     step(run, *batch)
 
 
 for path in sorted(Path(sys.argv[1]).glob("*.yml")):
-    trainer.Trainer.train_step = told_to_stop if path.stem == "abort" else step
+    TrainingStep.__call__ = told_to_stop if path.stem == "abort" else step
     code = main.main(["--cfg", str(path)])
     if code:
         sys.exit(code)

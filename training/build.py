@@ -1,35 +1,90 @@
-"""What a config describes, built: the objective."""
+"""What a config describes, built on a device: network, teacher, objective; and compiled."""
 
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 
-from config import Config, ConfigError
-from objectives import losses
-from objectives.cd import ConsistencyDistillation
-from objectives.cmt import MidTraining
-from objectives.ct import ConsistencyTraining
-from objectives.ect import EasyConsistencyTuning
-from objectives.edm import EDM
-from objectives.ict import ImprovedConsistencyTraining
-from objectives.pd import ProgressiveDistillation
-from objectives.scm import ContinuousConsistency
-from objectives.tcm import TruncatedConsistency
+import checkpoints
+import networks
+from config import Config, ConfigError, in_steps
+from objectives import (
+    EDM,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    ContinuousConsistency,
+    EasyConsistencyTuning,
+    ImprovedConsistencyTraining,
+    MidTraining,
+    ProgressiveDistillation,
+    TruncatedConsistency,
+    losses,
+)
+from objectives.draws import key
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # inside the network; others: as the weights are
 
 
-def build(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Module | None = None) -> torch.nn.Module:
+def layout(device: torch.device) -> torch.memory_format:
+    """Tensor cores read channels_last; a CPU's group norm is slower in it."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def build_model(cfg: Config, codec: torch.nn.Module, device: torch.device, precision: str) -> networks.Preconditioner:
+    """The network in training mode, with the weights of the seed, of train.init_from or of the teacher."""
+    torch.manual_seed(key(cfg.run.seed, "weights"))  # the same on every rank: nothing to broadcast
+    try:
+        model = networks.build(cfg.network.model_dump(), **codec.network_shape)
+    except ValueError as error:
+        raise ConfigError(f"network: {error}") from None
+    model.codec = codec
+    start = cfg.train.init_from or getattr(cfg.objective, "teacher", None)
+    if start:
+        checkpoints.initialise(model, start)
+    model = model.to(device, memory_format=layout(device)).train()
+    for block in model.modules():
+        if hasattr(block, "checkpointing"):
+            block.checkpointing = cfg.train.checkpointing
+    if precision == "fp64":
+        model.double()
+    model.autocast = AUTOCAST.get(precision)
+    return model
+
+
+def load_teacher(cfg: Config, model: networks.Preconditioner) -> networks.Preconditioner | None:
+    """The model of objective.teacher, in eval mode, in the arithmetic of `model`; None where the method has none."""
+    path = getattr(cfg.objective, "teacher", None)
+    if path is None:
+        return None
+    first = next(model.parameters())
+    teacher = checkpoints.load_model(path, first.device)
+    there = teacher.codec.network_shape
+    for name, here in model.codec.network_shape.items():
+        if there.get(name) != here and (name != "augment_dim" or here):
+            raise ConfigError(f"objective.teacher: {path}: its {name} is {there.get(name)}, this run's {here}")
+    if teacher.codec.state()["scaling"] != model.codec.state()["scaling"]:
+        raise ConfigError(f"objective.teacher: {path}: was trained on vectors of another mean, spread or bounds")
+    teacher.autocast = model.autocast
+    return teacher.to(dtype=first.dtype, memory_format=layout(first.device))
+
+
+def build_objective(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Module | None = None) -> torch.nn.Module:
     """The objective that `cfg` asks for, on `model`'s noise levels; `teacher` is the model of objective.teacher.
 
-    Raises losses.WeightsMissing where LPIPS has no VGG weights.
+    Raises ConfigError, also where LPIPS has no VGG weights.
     """
     o, n, steps, batch = cfg.objective, cfg.network, cfg.train.steps, cfg.train.batch_size
     levels = {"sigma_min": n.sigma_min, "sigma_max": n.sigma_max}
     device = next(model.parameters()).device
     if o.name in ("ct", "cd", "ict", "cmt"):
         metric = getattr(o, "metric", "pseudo_huber")
-        distance = losses.build(metric, o.huber_c, getattr(o, "lpips_weights", None), device, resize=o.name != "cmt")
+        try:
+            weights = getattr(o, "lpips_weights", None)
+            distance = losses.build(metric, o.huber_c, weights, device, resize=o.name != "cmt")
+        except losses.WeightsMissing as error:
+            raise ConfigError(str(error)) from None
 
     match o.name:
         case "edm" | "trigflow":  # one loss in two clocks: only the preconditioning and P_mean, P_std differ
@@ -45,10 +100,12 @@ def build(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Module | None =
             return ImprovedConsistencyTraining(steps, distance, o.s0, o.s1, o.P_mean, o.P_std, **levels)
         case "ect":
             steps_per_stage = o.double_kimg * 1000 / batch if o.double_kimg else math.inf
+            if o.stage is not None:
+                steps_per_stage = in_steps(o.stage, steps, whole=False)
             return EasyConsistencyTuning(steps_per_stage, o.q, o.mapping, o.P_mean, o.P_std, o.huber_c)
         case "sct" | "scd":
             return ContinuousConsistency(
-                n.sigma_data, o.P_mean, o.P_std, o.warmup, o.c, teacher, getattr(o, "guidance", None)
+                n.sigma_data, o.P_mean, o.P_std, in_steps(o.warmup, steps), o.c, teacher, getattr(o, "guidance", None)
             )
         case "tcm":
             how = (o.t_prime, o.q, o.boundary_share, o.boundary_weight, o.df, o.scale, o.huber_c)
@@ -64,3 +121,23 @@ def build(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Module | None =
                     )
             return ProgressiveDistillation(teacher, steps, o.N, o.weighting, **levels, sigma_data=n.sigma_data)
     raise AssertionError(f"config.py let through objective.name {o.name!r}")
+
+
+def compile_networks(how: bool | str, model: torch.nn.Module, objective: torch.nn.Module, shown: bool) -> None:
+    """torch.compile the networks of a step, as train.compile says; where nothing compiles, say so (if `shown`)."""
+    device = next(model.parameters()).device
+    if how is False or (how == "auto" and device.type != "cuda"):
+        return
+    import torch._inductor.config as inductor
+
+    inductor.fallback_random = True  # dropout then draws as in eager mode, so that two passes can share a mask
+    try:
+        torch.compile(torch.nn.SiLU())(torch.ones(8, device=device))
+    except Exception as error:  # no C++ compiler, no Triton, no support: each raises its own
+        if shown:
+            reason = " ".join(str(error).split())[:150]
+            print(f"warning: train.compile: nothing compiles here, training goes on without: {reason}", file=sys.stderr)
+        return
+    for module in [model, *objective.modules()]:
+        if isinstance(module, networks.Preconditioner):
+            module.model.compile(dynamic=False, mode=how if how == "reduce-overhead" else None)

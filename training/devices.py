@@ -43,7 +43,7 @@ def other_ranks() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RunFailed(
-            f"rank {place()[0]}: another rank has ended or does not answer ({' '.join(str(error).split())[:120]}); "
+            f"rank {rank_and_world()[0]}: another rank has ended or does not answer ({' '.join(str(error).split())[:120]}); "
             "see its own message, and start again with --resume"
         ) from None
 
@@ -87,7 +87,7 @@ def wait_for_all() -> None:
 @contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 goes through the body before the others: it downloads, they find the files."""
-    rank, world = place()
+    rank, world = rank_and_world()
     if world > 1 and rank > 0:
         wait_for_all()
     yield
@@ -95,7 +95,7 @@ def rank_0_first() -> Iterator[None]:
         wait_for_all()
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) outside torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 

@@ -20,7 +20,13 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
-from checkpoints.state import append, write_atomically
+from checkpoints.disk import append, write_atomically
+
+
+class Bar(tqdm):
+    """A progress bar without tqdm's thread, which redraws those that are updated too seldom."""
+
+    monitor_interval = 0
 
 
 class RunLog:
@@ -39,7 +45,7 @@ class RunLog:
             return
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self.events = folder / name  # TensorBoard shows the files of a folder as one run
-        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.bar = Bar(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         try:
             _drop_later(folder / "metrics.jsonl", step)
         except OSError as error:
@@ -83,7 +89,7 @@ class RunLog:
             self.draw(Event(step=step, summary=summary.image("samples", image, dataformats="CHW")))
 
     def draw(self, *events: Event) -> None:
-        """Append events to TensorBoard's file; without its writer's thread, which can fail unseen."""
+        """Append events to TensorBoard's file; SummaryWriter's thread ends for good at the first write that fails."""
         if not self.events.exists():
             events = (Event(file_version="brain.Event:2"), *events)
         records = io.BytesIO()

@@ -1,0 +1,105 @@
+"""What the formats of others share: a state from settings and weights, our layers' names, errors of one line."""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import config
+import networks
+from checkpoints.state import CheckpointError
+
+Weights = dict[str, Tensor]
+State = dict[str, Any]
+
+
+def new_state(
+    raw: dict[str, Any],  # settings, to be checked here
+    shape: dict[str, Any],  # what networks.build takes of the data
+    weights: Weights,  # model_from checks them
+    path: Path,
+) -> State:
+    """A checkpoint's state at step 0; classes count the same, as the training images are not here to be counted."""
+    raw = {"run": {"name": re.sub(r"[^\w.-]", "-", path.stem) or "imported"}, **raw}
+    cfg = config.parse(raw, lambda key: f"{path} (its settings)")
+    sizes = [size for value in shape.values() for size in (value if isinstance(value, list) else [value])]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise CheckpointError(f"{path}: its sizes are no whole numbers: {short(shape)}")
+    return {
+        "step": 0,
+        "config": cfg.model_dump(),
+        "data": {"shape": shape, "class_counts": [1] * shape.get("label_dim", 0) or None, "scaling": None},
+        "model": weights,
+        "ema": [weights],
+        "objective": {},
+        "optimizer": {},
+        "scaler": {},
+    }
+
+
+def data_section(shape: dict[str, Any], path: str | None = None) -> dict[str, Any]:
+    """The config's `data`; path: of the training images, where a file says it."""
+    path = str(path or "path/to/the/images")
+    return {
+        "name": "zip" if path.endswith(".zip") else "folder",
+        "path": path,
+        "resolution": shape["resolution"],
+        "channels": shape["channels"] if shape["channels"] in (1, 3) else None,
+        "conditional": bool(shape["label_dim"]),
+    }
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The constructor defaults of a network of ours, which are EDM's."""
+    parameters = inspect.signature(networks.NETWORKS[name]).parameters.values()
+    given = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in parameters}
+    sizes = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim")
+    return {"name": name, **{key: value for key, value in given.items() if key not in sizes}}
+
+
+def layer_names(
+    net: networks.DhariwalUNet,
+    blocks: dict[str, tuple[str, str]],  # our block -> (their residual block, their attention)
+    table: dict[str, str],  # our layers, within a block or outside of any -> theirs
+) -> dict[str, str]:
+    """Our parameters' names -> theirs. Filters are constants and have no name there."""
+    names = {}
+    for name, _ in net.named_parameters():
+        layer, leaf = name.rsplit(".", 1)
+        block, _, part = layer.rpartition(".")
+        if layer in table:
+            theirs = table[layer]
+        elif layer in blocks:  # the first convolution
+            theirs = blocks[layer][0]
+        else:
+            theirs = f"{blocks[block][part in ('norm2', 'qkv', 'proj')]}.{table[part]}"
+        names[f"model.{name}"] = f"{theirs}.{leaf}"
+    return names
+
+
+def unpicklable(path: Path, error: Exception) -> CheckpointError:
+    """What torch.load's weights_only reader said, in one line."""
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    return refused(path, name[1]) if name else CheckpointError(f"{path}: cannot be read: {short(error)}")
+
+
+def refused(path: Path, name: str) -> CheckpointError:
+    name = ascii(name)[1:-1]  # whatever it holds, it is one line without control characters
+    return CheckpointError(f"{path}: refused: it asks for {name[:100]}, which is not data; nothing in it was run")
+
+
+def package(name: str, what: object) -> Any:
+    """An optional package, or a CheckpointError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise CheckpointError(f"{what}: needs {name.split('.')[0]}; pip install -r requirements-dev.txt") from None
+
+
+def short(value: object) -> str:
+    """One line of at most 120 printable characters."""
+    text = " ".join(str(value).split()).encode("unicode_escape").decode()
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,24 @@
+"""The two ways a command ends badly, and how their one line is written."""
+
+
+def printable(text: str) -> str:
+    """Text with every invisible character written out, so that a name with a line break or colour code stays tame."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class ConfigError(ValueError):
+    """Bad input from the user: its message is one line, and the commands exit with code 2."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class RunFailed(RuntimeError):
+    """The machine or the numbers failed, not the user: its message is one line, and the commands exit with code 1."""
+
+
+def machine_failure(error: OSError | MemoryError) -> str:
+    """One line for what the machine refused."""
+    if isinstance(error, MemoryError):
+        return "the memory of this machine is full"
+    return printable(f"{error.filename or 'a file'}: {error.strerror or error}")

@@ -1,0 +1,97 @@
+"""Settings that are right alone and wrong together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from config.errors import ConfigError
+from config.schema import NEEDS_PATH, Config
+
+Broken = Iterator[tuple[str, str]]  # the key of each broken rule, and what to say about it
+
+
+def check(cfg: Config, place: Callable[[str], str]) -> None:
+    """Raises ConfigError for the first rule that is broken; `place(key)` says where a key was set."""
+    for key, message in itertools.chain(_data_and_network(cfg), _objective(cfg), _ema_samples_and_scores(cfg)):
+        raise ConfigError(f"{place(key)}: {key}: {message}")
+
+
+def _images_of_a_pass(cfg: Config) -> int:
+    """On one device, as far as the config says."""
+    size = cfg.train.microbatch
+    return size if isinstance(size, int) else cfg.train.batch_size
+
+
+def _data_and_network(cfg: Config) -> Broken:
+    d, n, o, t = cfg.data, cfg.network, cfg.objective, cfg.train
+    drops_labels = getattr(n, "label_dropout", 0) > 0
+    if n.name == "mlp" and d.name != "npz":
+        yield "network.name", "mlp makes vectors; set data.name: npz and data.path"
+    if n.name == "mlp" and getattr(o, "metric", "") == "lpips":
+        yield "objective.metric", "lpips compares images, not vectors"
+    if d.bounds is not None and n.name != "mlp":
+        yield "data.bounds", "is for vectors; set network.name: mlp"
+    if n.sigma_min >= n.sigma_max:
+        yield "network.sigma_min", f"must be below network.sigma_max ({n.sigma_max})"
+    if d.name in NEEDS_PATH and d.path is None:
+        yield "data.path", f"data.name: {d.name} needs the path of your images"
+    if d.name not in NEEDS_PATH and d.path is not None:
+        own = "for your own images set data.name to folder, zip or npz"
+        yield "data.path", f"data.name: {d.name} takes no path; {own}"
+    if d.flip and d.augment > 0:
+        yield (
+            "data.flip",
+            "data.augment mirrors half of the images already, and tells the network; set data.flip: false",
+        )
+    if drops_labels and not d.conditional:
+        yield "network.label_dropout", "there are no labels to drop; set data.conditional: true"
+    if t.batch_size % _images_of_a_pass(cfg) != 0:
+        yield "train.microbatch", f"must divide train.batch_size ({t.batch_size})"
+    if getattr(n, "pixel_norm", False) and not n.scale_shift_norm:
+        yield "network.pixel_norm", "normalises AdaGN; set scale_shift_norm: true"
+    if cfg.sample.guidance is not None and not drops_labels:
+        known = "data.conditional: true and network.label_dropout above 0"
+        yield "sample.guidance", f"needs a network that knows the null label: {known}"
+    if t.lr_warmup >= t.steps:  # no share is
+        yield "train.lr_warmup", f"must be below train.steps ({t.steps})"
+
+
+def _objective(cfg: Config) -> Broken:
+    d, n, o, images = cfg.data, cfg.network, cfg.objective, _images_of_a_pass(cfg)
+    if o.name in ("edm", "trigflow") and n.precond == "cm":
+        made = "trains a denoiser, and its loss weight is made for edm and trigflow"
+        yield "network.precond", f"objective {o.name} {made}"
+    if o.name in ("sct", "scd") and n.precond != "trigflow":
+        yield "network.precond", f"objective {o.name} needs trigflow"
+    if getattr(o, "guidance", None) is not None and (not d.conditional or n.name == "mlp"):
+        yield "objective.guidance", "guides by class labels; it needs images and data.conditional: true"
+    if o.name == "pd" and o.N & (o.N - 1) != 0:
+        yield "objective.N", "must be a power of two"
+    if o.name == "tcm" and not n.sigma_min < o.t_prime < n.sigma_max:
+        between = f"network.sigma_min ({n.sigma_min}) and sigma_max ({n.sigma_max})"
+        yield "objective.t_prime", f"must lie between {between}"
+    if o.name == "cmt" and images % o.steps != 0:
+        yield "objective.steps", f"must divide the images of a pass ({images})"
+    if o.name in ("ct", "ict") and o.s1 < o.s0:
+        yield "objective.s1", f"must be at least objective.s0 ({o.name})"
+    if o.name == "ect" and o.stage is not None and o.double_kimg is not None:
+        yield "objective.stage", "give either this or objective.double_kimg, and null for the other"
+    if getattr(o, "lpips_weights", None) is not None and o.metric != "lpips":
+        yield "objective.lpips_weights", f"is for objective.metric: lpips, and the metric is {o.metric}"
+
+
+def _ema_samples_and_scores(cfg: Config) -> Broken:
+    m, sigmas, highest = cfg.metrics, cfg.sample.sigmas or [], cfg.network.sigma_max
+    if (cfg.ema.decay is None) == (cfg.ema.half_life_kimg is None):
+        yield "ema.half_life_kimg", "give either this or ema.decay, and null for the other"
+    if any(a <= b for a, b in itertools.pairwise(sigmas)):
+        yield "sample.sigmas", "must descend"
+    if max(sigmas, default=0) > highest:
+        yield "sample.sigmas", f"starts above network.sigma_max ({highest}), which the network never saw"
+    if m.reference is not None and m.scores != ["fid"]:
+        yield "metrics.scores", "metrics.reference has the statistics of a FID alone; set metrics.scores: [fid]"
+    if m.reference is not None and m.features != "inception":
+        yield "metrics.reference", "holds Inception statistics; set metrics.features: inception"
+    if m.features != "inception" and "isc" in m.scores:
+        yield "metrics.scores", "isc is defined on Inception's classes; set metrics.features: inception"

@@ -1,0 +1,491 @@
+"""The settings of a run: their types, ranges, defaults and meaning."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+NEEDS_PATH = ("imagenet9", "folder", "zip", "npz")  # datasets that data.path leads to
+DEFAULT_NAMES = {"network": "song_unet", "objective": "ect"}
+
+
+def path_text(text: str) -> str:
+    """A text that a file system takes as a path; ValueError for others."""
+    if "\0" in text or len(text) > 4000 or any(len(os.fsencode(part)) > 240 for part in text.split("/")):
+        raise ValueError("a path has no NUL character and no name of over 240 bytes")
+    return text
+
+
+def _length(least: int) -> Any:
+    """The type of a length of the run: an integer from `least` on is steps, a float below 1 a share of the run."""
+
+    def check(value: Any) -> Any:
+        if (type(value) is int and value >= least) or (type(value) is float and 0 < value < 1):
+            return value
+        text = f"input should be an integer from {least} (steps) or a number between 0 and 1 (a share of the run)"
+        raise PydanticCustomError("length", text)
+
+    steps, share = Annotated[int, Field(ge=least)], Annotated[float, Field(gt=0, lt=1)]
+    return Annotated[steps | share, BeforeValidator(check)]
+
+
+def in_steps(length: int | float, steps: int, whole: bool = True) -> int | float:
+    """A length of a run of `steps` steps, in steps: an integer as it is; a share of them, but at least one step,
+    rounded to whole steps unless `whole` is False."""
+    if isinstance(length, int):
+        return length
+    return max(round(length * steps) if whole else length * steps, 1)
+
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Length = _length(0)
+Interval = _length(1)
+PathText = Annotated[str, AfterValidator(path_text)]
+
+
+class Section(BaseModel):
+    """A part of the config: no unknown key, no silent conversion; the text under a key is its description."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class Run(Section):
+    """Where the run is kept, its seed and device."""
+
+    name: PathText = Field("digits", pattern=r"^[\w.-]+$")
+    """Name of the run; its folder is runs/<name> unless run.dir says otherwise."""
+    dir: PathText | None = None
+    """Folder of the run: config, checkpoints, samples, curves. null: runs/<name>."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of everything random: initial weights, data order, noise."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto (a GPU where there is one), cpu, cuda, cuda:N or mps."""
+
+    @property
+    def folder(self) -> Path:
+        """dir, or runs/<name>."""
+        return Path(self.dir) if self.dir else Path("runs") / self.name
+
+
+class Data(Section):
+    """What it learns."""
+
+    name: Literal[
+        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz"
+    ] = "digits"  # fmt: skip
+    """Dataset. digits come with scikit-learn; the next four are downloaded; those from imagenet9 on read data.path."""
+    dir: PathText = "data"
+    """Folder for downloads and caches."""
+    path: PathText | None = None
+    """A folder tree (folder), ImageNet's train folder (imagenet9), EDM's dataset (zip), images or vectors (npz)."""
+    resolution: int | None = Field(None, ge=4, le=1024)
+    """Side of the square images in pixels; others are resized and centre-cropped. null: the dataset's own."""
+    channels: Literal[1, 3] | None = None
+    """1 (grey) or 3 (RGB). null: the dataset's own."""
+    conditional: bool = False
+    """Train the network on class labels, so that it can be asked for a class; on conditions, where data are vectors."""
+    flip: bool = False
+    """Mirror half of the images. Not for digits or letters."""
+    augment: float = Field(0.0, ge=0, le=1)
+    """Probability p of each transformation of EDM's augmentation pipe (2206.00364 app. F.2). 0: off."""
+    on_broken: Literal["fail", "skip"] = "fail"
+    """What to do with an image that cannot be read."""
+    workers: int = Field(2, ge=0, le=64)
+    """Processes that decode images, for sets too large to be kept in memory."""
+    memory_gb: NonNegative = 4.0
+    """A set that decodes to less than this many GiB of uint8 is kept in memory, on the device where it fits."""
+    bounds: Literal["clamp", "tanh"] | None = None
+    """Keep sampled vectors between the npz's low and high: cut them off, or learn their atanh. null: not kept."""
+
+
+class Network(Section):
+    """What every network's settings share; names and defaults are EDM's (2206.00364)."""
+
+    precond: Literal["edm", "cm", "trigflow"] = "edm"
+    """edm (2206.00364 tab. 1), cm with D(x) = x at sigma_min (2303.01469 app. C), or trigflow (2410.11081 sec. 3)."""
+    c_noise: Literal["log", "log250", "t"] = "log"
+    """Noise label: ln(sigma)/4, 250 ln(sigma) as in OpenAI's models, or t = atan(sigma/sigma_data) as in sCM."""
+    sigma_data: Positive = 0.5
+    """Standard deviation of the data, in [-1, 1]."""
+    sigma_min: Positive = 0.002
+    """Lowest noise level."""
+    sigma_max: Positive = 80.0
+    """Highest noise level: where sampling starts."""
+
+
+class UNet(Network):
+    """What both UNets' settings share."""
+
+    model_channels: int = Field(128, ge=4, multiple_of=4)
+    """Channels of the first resolution."""
+    channel_mult: list[Count] = Field([2, 2, 2], min_length=1)
+    """Channels of each resolution, times model_channels; one entry a resolution, halving each time."""
+    channel_mult_emb: Count = 4
+    """Width of the noise and class embedding, times model_channels."""
+    num_blocks: Count = 4
+    """Residual blocks per resolution."""
+    attn_resolutions: list[Count] = [16]
+    """Resolutions in pixels with self-attention; the deepest block has it anyway."""
+    dropout: Share = 0.0
+    """Dropout inside residual blocks; both passes of a step share the mask."""
+    label_dropout: Share = 0.0
+    """Share of labels dropped in training, for classifier-free guidance."""
+    pixel_norm: bool = False
+    """Normalise AdaGN's scale and shift over channels, for sCM (2410.11081 sec. 4.1); needs scale_shift_norm."""
+
+
+class SongUNet(UNet):
+    """DDPM++ and NCSN++ (Song et al. 2021, 2011.13456), with EDM's arguments."""
+
+    name: Literal["song_unet"] = "song_unet"
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    """Embedding of the noise label: positional (DDPM++) or fourier (NCSN++)."""
+    fourier_scale: Positive = 16.0
+    """Scale of the Fourier frequencies: EDM 16, iCT 0.02."""
+    channel_mult_noise: Count = 1
+    """Width of the noise embedding, times model_channels: 1 for DDPM++, 2 for NCSN++."""
+    encoder_type: Literal["standard", "skip", "residual"] = "standard"
+    """standard for DDPM++, residual for NCSN++."""
+    decoder_type: Literal["standard", "skip"] = "standard"
+    """standard for both."""
+    resample_filter: list[Count] = [1, 1]
+    """Up- and downsampling filter: [1, 1] for DDPM++, [1, 3, 3, 1] for NCSN++."""
+    scale_shift_norm: bool = False
+    """Let the embedding scale and shift (AdaGN), not only shift."""
+
+
+class DhariwalUNet(UNet):
+    """ADM (Dhariwal & Nichol 2021, 2105.05233), with EDM's arguments."""
+
+    name: Literal["dhariwal_unet"]
+    model_channels: int = Field(192, ge=4, multiple_of=4)
+    """Channels of the first resolution; ADM's 192."""
+    channel_mult: list[Count] = Field([1, 2, 3, 4], min_length=1)
+    """Channels of each resolution, times model_channels; one entry a resolution, halving each time."""
+    num_blocks: Count = 3
+    """Residual blocks per resolution; ADM's 3."""
+    attn_resolutions: list[Count] = [32, 16, 8]
+    """Resolutions in pixels with self-attention."""
+    dropout: Share = 0.1
+    """Dropout inside residual blocks; both passes of a step share the mask."""
+    scale_shift_norm: bool = True
+    """Let the embedding scale and shift (AdaGN), not only shift."""
+    channels_per_head: Count = 64
+    """Channels of an attention head; ADM's 64."""
+    norm_groups: Count | None = None
+    """Groups of every group norm; OpenAI's models: 32. null: EDM's min(32, channels / 4)."""
+
+
+class MLP(Network):
+    """A residual MLP for vectors: data.name: npz with an array `vectors`."""
+
+    name: Literal["mlp"]
+    width: int = Field(256, ge=4, multiple_of=2)
+    """Width of every layer."""
+    depth: Count = 4
+    """Residual blocks, of two layers each."""
+
+
+class EDM(Section):
+    """Denoising: trains a diffusion model, the teacher (Karras et al. 2022, 2206.00364)."""
+
+    name: Literal["edm"]
+    P_mean: float = -1.2
+    """Mean of ln sigma."""
+    P_std: Positive = 1.2
+    """Standard deviation of ln sigma."""
+
+
+class CT(Section):
+    """Consistency training with an EMA target (Song et al. 2023, 2303.01469)."""
+
+    name: Literal["ct"]
+    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
+    """Distance d of the loss. lpips needs VGG16's weights."""
+    lpips_weights: PathText | None = None
+    """Local file with torchvision's VGG16 weights; null: downloaded."""
+    huber_c: NonNegative | None = None
+    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
+    s0: int = Field(2, ge=2)
+    """Noise levels N at the start."""
+    s1: int = Field(150, ge=2)
+    """Noise levels at the end, less one."""
+    mu0: float = Field(0.9, gt=0, lt=1)
+    """Decay of the target network at the start. 0.9 is for 800,000 steps; in a few thousand that target lags too far
+    behind, and samples stay grey: take 0.01 there."""
+    weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "uniform"
+    """Weight of the loss by the student's signal-to-noise ratio; the paper's is uniform."""
+
+
+class ICT(Section):
+    """Improved consistency training (Song & Dhariwal 2023, 2310.14189)."""
+
+    name: Literal["ict"]
+    huber_c: NonNegative | None = None
+    """c of the pseudo-Huber distance. null: 0.00054 sqrt(d), d the elements of a sample."""
+    s0: int = Field(10, ge=2)
+    """Intervals N - 1 between noise levels at the start."""
+    s1: int = Field(1280, ge=2)
+    """Intervals at the end."""
+    P_mean: float = -1.1
+    """Mean of ln sigma of the pairs."""
+    P_std: Positive = 2.0
+    """Its standard deviation."""
+
+
+class ECT(Section):
+    """Easy consistency tuning (Geng et al. 2024, 2406.14548)."""
+
+    name: Literal["ect"] = "ect"
+    q: float = Field(2.0, gt=1)
+    """The gap t - r shrinks by this factor per stage."""
+    stage: Interval | None = None
+    """Length of a stage: steps, or a share of the run below 1. null: as double_kimg says."""
+    double_kimg: Positive | None = 3200.0
+    """Instead of stage: its length in thousands of images. null, and no stage: one stage, held to the end."""
+    mapping: Literal["sigmoid", "const"] = "sigmoid"
+    """n(t) in r = t (1 - n(t) / q^(stage+1)): 1 + 8 sigmoid(-t), or 1."""
+    P_mean: float = -1.1
+    """Mean of ln t."""
+    P_std: Positive = 2.0
+    """Its standard deviation."""
+    huber_c: NonNegative = 0.0
+    """c of the pseudo-Huber distance."""
+
+
+class CD(Section):
+    """Consistency distillation of a teacher (Song et al. 2023, 2303.01469)."""
+
+    name: Literal["cd"]
+    teacher: PathText
+    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
+    guidance: NonNegative | None = None
+    """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
+    N: int = Field(18, ge=2)
+    """Noise levels in the grid."""
+    mu: float = Field(0.0, ge=0, lt=1)
+    """Decay of the target network. 0: the target is the student."""
+    solver: Literal["heun", "euler"] = "heun"
+    """Solver of the teacher's step to the next level."""
+    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
+    """Distance d of the loss. lpips needs VGG16's weights."""
+    lpips_weights: PathText | None = None
+    """Local file with torchvision's VGG16 weights; null: downloaded."""
+    huber_c: NonNegative | None = None
+    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
+    weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "uniform"
+    """Weight of the loss by the student's signal-to-noise ratio; the paper's is uniform."""
+
+
+class TrigFlow(Section):
+    """Diffusion training in TrigFlow's clock: the start of sCM (Lu & Song 2024, 2410.11081)."""
+
+    name: Literal["trigflow"]
+    P_mean: float = -1.0
+    """Mean of ln sigma, sigma = sigma_data tan(t)."""
+    P_std: Positive = 1.4
+    """Its standard deviation."""
+
+
+class SCT(Section):
+    """Continuous-time consistency training, sCM (Lu & Song 2024, 2410.11081)."""
+
+    name: Literal["sct"]
+    P_mean: float = -1.0
+    """Mean of ln sigma, sigma = sigma_data tan(t)."""
+    P_std: Positive = 1.4
+    """Its standard deviation."""
+    warmup: Length = 10_000
+    """H: steps, or a share of the run below 1, over which the tangent's second half grows in."""
+    c: Positive = 0.1
+    """The tangent is normalised as g / (|g| + c), |g| the L2 norm of the whole sample."""
+
+
+class SCD(SCT):
+    """Continuous-time consistency distillation, sCM (Lu & Song 2024, 2410.11081)."""
+
+    name: Literal["scd"]
+    teacher: PathText
+    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
+    guidance: NonNegative | None = None
+    """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
+
+
+class TCM(Section):
+    """Truncated consistency model: the second stage over a finished ECT or iCT model (Lee et al. 2024, 2410.14895)."""
+
+    name: Literal["tcm"]
+    teacher: PathText
+    """Checkpoint of the first stage; the second starts from its weights unless train.init_from is set."""
+    t_prime: Positive = 1.0
+    """Noise level t' where the second stage begins."""
+    q: float = Field(1000.0, gt=9)
+    """r = t (1 - n(t) / q), n(t) = 1 + 8 sigmoid(-t)."""
+    boundary_share: Share = 0.25
+    """Share of the batch at t = t'."""
+    boundary_weight: NonNegative = 0.1
+    """Weight of its loss."""
+    df: Positive = 0.01
+    """ln t is drawn from Student's t with so many degrees of freedom, mean 0, truncated to [t', sigma_max]."""
+    scale: Positive = 0.2
+    """Scale of that distribution."""
+    huber_c: NonNegative = 0.0
+    """c of the pseudo-Huber distance."""
+
+
+class CMT(Section):
+    """Mid-training on the teacher's trajectories, before ECT (Hu et al. 2025, 2509.24526)."""
+
+    name: Literal["cmt"]
+    teacher: PathText
+    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
+    steps: int = Field(16, ge=2)
+    """Points of a trajectory: steps of DPM-Solver++(2M), even in ln sigma. Divides the images of a pass."""
+    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
+    """Distance to the trajectory's end. lpips, the paper's, needs VGG16's weights; images are not resized for it."""
+    lpips_weights: PathText | None = None
+    """Local file with torchvision's VGG16 weights; null: downloaded."""
+    huber_c: NonNegative | None = None
+    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
+
+
+class PD(Section):
+    """Progressive distillation, the baseline (Salimans & Ho 2022, 2202.00512)."""
+
+    name: Literal["pd"]
+    teacher: PathText
+    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
+    N: int = Field(512, ge=2)
+    """Intervals of the student's first grid, a power of two; halved to 1 in equal parts of the run."""
+    weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "truncated-snr"
+    """Weight of the loss by the signal-to-noise ratio; the paper's is truncated-snr."""
+
+
+class Ema(Section):
+    """The averaged weights that are sampled."""
+
+    decay: list[Share] | None = Field([0.9999], min_length=1)
+    """Decay per step, one entry for each average kept; the first is sampled and scored."""
+    half_life_kimg: list[Positive] | None = Field(None, min_length=1)
+    """Instead of decay: half-lives in thousands of images."""
+    warmup: NonNegative = 0.05
+    """The half-life is at most this share of the steps so far (2206.00364 app. F). 0: off."""
+
+
+class Train(Section):
+    """The optimizer and the loop."""
+
+    steps: Count = 400_000
+    """Optimizer steps."""
+    batch_size: Count = 128
+    """Images per step over all devices."""
+    microbatch: Count | Literal["auto"] | None = None
+    """Images per pass on one device; gradients accumulate to batch_size. auto: what a GPU holds. null: all at once."""
+    checkpointing: bool = False
+    """Compute each residual block again in the backward pass instead of keeping it: less memory, a third more time."""
+    optimizer: Literal["radam", "adam", "adamw"] = "radam"
+    """RAdam in the papers on consistency models, Adam for EDM."""
+    lr: Positive = 1e-4
+    """Learning rate at its peak."""
+    betas: list[Share] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """Decay of the optimizer's first and second moments."""
+    lr_warmup: Length = 0
+    """Steps, or a share of the run below 1, over which the learning rate rises linearly from 0."""
+    lr_decay: Literal["none", "linear", "cosine"] = "none"
+    """How it falls to 0 at the last step."""
+    grad_clip: Positive | None = None
+    """Largest norm of the gradient. null: not clipped."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """Arithmetic inside the network. auto: bf16 where GPU or CPU has it, else fp16 on a GPU and fp32 on a CPU."""
+    compile: bool | Literal["auto", "reduce-overhead"] = "auto"
+    """torch.compile the network. auto: on a GPU. reduce-overhead: with CUDA graphs, for networks of small kernels."""
+    init_from: PathText | None = None
+    """A checkpoint whose EMA weights the run starts from."""
+    log_every: Interval = 100
+    """Steps, or a share of the run below 1, between entries in the curves."""
+    save_every: Interval = 5000
+    """Steps, or a share of the run below 1, between checkpoints."""
+    keep: Count = 2
+    """Newest checkpoints kept, beside last.ckpt."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """What to do when a checkpoint cannot be written. The one before it stays good."""
+    max_bad_steps: int = Field(100, ge=0)
+    """Steps in a row with a non-finite loss or gradient after which the run stops and says where it began. 0: never."""
+
+
+class Sample(Section):
+    """Sample grids and few-step sampling."""
+
+    every: Length = 0
+    """Steps, or a share of the run below 1, between sample grids. 0: only at the end."""
+    grid: int = Field(64, ge=1, le=1024)
+    """Images in a grid."""
+    sigmas: list[Positive] | None = Field(None, min_length=1)
+    """Noise levels of few-step sampling, descending; `--steps S` takes the first S. null: sigma_max, then 0.821."""
+    solver: Literal["auto", "multistep", "heun"] = "auto"
+    """auto: heun for diffusion models (edm, trigflow), multistep for consistency models."""
+    guidance: NonNegative | None = None
+    """w of classifier-free guidance in sampling, D_null + w (D - D_null) (2207.12598). null: none."""
+    heun_steps: int = Field(18, ge=2)
+    """Steps of the heun solver; evaluations are twice that less one."""
+
+
+class Metrics(Section):
+    """Scores."""
+
+    features: Literal["inception", "classifier", "dinov2", "clip"] = "inception"
+    """Features to compare: InceptionV3, DINOv2, CLIP, or a small classifier trained on the dataset's own labels."""
+    weights: PathText | None = None
+    """Local file with torch-fidelity's InceptionV3 or CLIP weights. null: downloaded."""
+    reference: PathText | None = None
+    """EDM's reference statistics (npz with mu and sigma) instead of the training set; inception only."""
+    scores: list[Literal["fid", "kid", "isc", "prc"]] = Field(["fid"], min_length=1)
+    """What to compute: Frechet distance, kernel distance, Inception score, precision and recall."""
+    num: int = Field(50_000, ge=100)
+    """Samples to score."""
+    every: Length = 0
+    """Steps, or a share of the run below 1, between scores in training; the best weights are kept as best.ckpt.
+    0: only at the end."""
+    at_end: bool = True
+    """Score when training ends."""
+
+
+class Config(Section):
+    """Settings of main.py and generate.py. Every key has a default; config.yml shows them all."""
+
+    run: Run = Field(default_factory=Run)
+    data: Data = Field(default_factory=Data)
+    network: Annotated[SongUNet | DhariwalUNet | MLP, Field(discriminator="name")] = Field(default_factory=SongUNet)
+    objective: Annotated[
+        EDM | CT | ICT | ECT | CD | TrigFlow | SCT | SCD | TCM | CMT | PD, Field(discriminator="name")
+    ] = Field(default_factory=ECT)
+    ema: Ema = Field(default_factory=Ema)
+    train: Train = Field(default_factory=Train)
+    sample: Sample = Field(default_factory=Sample)
+    metrics: Metrics = Field(default_factory=Metrics)
+
+
+def kinds(section: str) -> tuple[type[BaseModel], ...]:
+    """The settings classes of a section: several where its `name` chooses among them."""
+    annotation = Config.model_fields[section].annotation
+    return get_args(annotation) or (annotation,)
+
+
+def names(section: str) -> list[str]:
+    """What `name` may be in a section of several kinds."""
+    return [get_args(kind.model_fields["name"].annotation)[0] for kind in kinds(section)]
+
+
+def json_schema() -> str:
+    """JSON schema for editors: what config.schema.json holds."""
+    return json.dumps(Config.model_json_schema(), indent=1) + "\n"

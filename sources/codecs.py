@@ -1,0 +1,188 @@
+"""Between data and what the model sees: pixels and [-1, 1], vectors and their normalisation, what they are told.
+
+    model.codec = dataset.codec(cfg)
+    x, conditions = model.codec.to_model(*dataset.read(indices), draws)
+    samples = model.codec.from_model(multistep(model, z, sigmas, noise_at, **model.codec.told(given, z)))
+
+A codec moves with its model, but is no part of its weights: `state()` goes into the checkpoint apart, and
+`codec_from` makes it again. What a new kind of data needs is one class here; nothing behind it asks for the kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import one_hot
+
+from objectives.draws import Draws
+from sources.augment import augment
+
+SQUASHED = 0.999  # tanh reaches its bounds only at infinity: data nearer than this to them are moved here
+
+
+def to_float(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 0..255 to `dtype` in [-1, 1]: x / 127.5 - 1. Any shape."""
+    return (images.to(torch.float32) / 127.5 - 1).to(dtype)
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to uint8 0..255, rounded and clamped: the inverse of `to_float`, exact for all 256 values."""
+    return ((x.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def flip(images: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+    """Mirror left to right the images (B, C, H, W) whose flag (B,), bool, is set."""
+    return torch.where(flags[:, None, None, None], images.flip(3), images)
+
+
+class ImageCodec(torch.nn.Module):
+    """uint8 images (B, C, R, R) to [-1, 1] and back; int64 classes (B,) to one-hot labels."""
+
+    kind = "images"
+
+    def __init__(
+        self,
+        resolution: int,  # pixels per side
+        channels: int,
+        label_dim: int = 0,  # classes that the network is told; 0: none
+        augment_dim: int = 0,  # augmentation labels that the network takes, whether or not images are augmented
+        class_counts: list[int] | None = None,  # training images of each class, where there are labels
+        flip: bool = False,  # mirror half of a training batch
+        augment: float = 0.0,  # probability of each transformation of a training batch
+    ):
+        super().__init__()
+        sizes = {"resolution": resolution, "channels": channels, "label_dim": label_dim, "augment_dim": augment_dim}
+        self.network_shape: dict[str, Any] = sizes
+        self.class_counts, self.flip, self.augment = class_counts, flip, augment
+
+    def state(self) -> dict[str, Any]:
+        """What makes the same codec again, in plain numbers and lists."""
+        return {"shape": self.network_shape, "class_counts": self.class_counts, "scaling": None}
+
+    def to_model(
+        self, values: torch.Tensor, given: torch.Tensor | None, draws: Draws, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A training batch, on its device: x (B, C, R, R) of `dtype`, flipped and augmented by `draws`; its labels."""
+        if self.flip:
+            values = flip(values, draws.integers(2, (len(values),)).bool())
+        x = to_float(values, dtype)
+        # Tensor cores read channels_last; a CPU's group norm is slower in it.
+        x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
+        conditions = {}
+        if self.augment:
+            x, conditions["augment_labels"] = augment(x, self.augment, draws)
+        return x, {**conditions, **self.told(given, x)}
+
+    def told(self, given: torch.Tensor | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{"class_labels": one-hot (B, label_dim)} of classes (B,), as x is; {} without classes."""
+        if given is None or not self.network_shape["label_dim"]:
+            return {}
+        given = given.to(x.device, non_blocking=True)
+        return {"class_labels": one_hot(given, self.network_shape["label_dim"]).to(x.dtype)}
+
+    def from_model(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model gives -> uint8 images."""
+        return to_uint8(x)
+
+
+class VectorCodec(torch.nn.Module):
+    """Normalises vectors to mean 0 and standard deviation sigma_data in every element, conditions to 0 and 1, and back.
+
+    bounds: how samples are kept between `low` and `high`: "clamp" cuts them off; "tanh" has the model learn
+    atanh of the data, so that every sample is inside and none is cut; None: they may leave.
+    """
+
+    kind = "vectors"
+    class_counts = None
+
+    def __init__(self, sigma_data: float, bounds: str | None = None, **tensors: Any):
+        """tensors: mean, std, condition_mean, condition_std, low, high; numbers in any container, or None."""
+        super().__init__()
+        self.sigma_data, self.bounds = sigma_data, bounds
+        for name in ("mean", "std", "condition_mean", "condition_std", "low", "high"):
+            given = tensors.get(name)
+            tensor = None if given is None else torch.as_tensor(given, dtype=torch.float32)
+            self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def fit(
+        cls,
+        values: torch.Tensor,  # float32 (N, *shape)
+        conditions: torch.Tensor | None = None,  # float32 (N, K)
+        sigma_data: float = 0.5,
+        bounds: str | None = None,
+        low: torch.Tensor | None = None,  # float32 (*shape), for bounds
+        high: torch.Tensor | None = None,
+    ) -> VectorCodec:
+        """The normalisation of a training set. An element that never changes comes back as it was in every sample."""
+        codec = cls(sigma_data, bounds, **({"low": low, "high": high} if bounds else {}))
+        for name, part in (("", codec.open(values)), ("condition_", conditions)):
+            if part is not None:
+                std, mean = torch.std_mean(part.double(), dim=0, correction=0)
+                std[std < 1e-6 * mean.abs()] = 0
+                setattr(codec, f"{name}mean", mean.float())
+                setattr(codec, f"{name}std", std.float())
+        return codec
+
+    @property
+    def network_shape(self) -> dict[str, Any]:
+        """What networks.build needs: the shape of one vector, and K, 0 without conditions."""
+        conditions = 0 if self.condition_mean is None else len(self.condition_mean)
+        return {"shape": tuple(self.mean.shape), "condition_dim": conditions}
+
+    def state(self) -> dict[str, Any]:
+        """What makes the same codec again, in plain numbers and lists."""
+        tensors = {name: None if b is None else b.tolist() for name, b in self._buffers.items()}
+        scaling = {"sigma_data": self.sigma_data, "bounds": self.bounds, **tensors}
+        return {"shape": self.network_shape, "class_counts": None, "scaling": scaling}
+
+    def to_model(
+        self, values: torch.Tensor, given: torch.Tensor | None, draws: Draws, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A training batch, on its device: x (B, *shape) of `dtype` and conditions, normalised. Nothing is drawn."""
+        x = self.normalise(values.to(dtype))
+        return x, self.told(None if given is None else given.to(dtype), x)
+
+    def told(self, given: torch.Tensor | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{"condition": what the model sees of conditions (B, K) in their own units}, where x is; {} without."""
+        return {} if given is None else {"condition": self.condition(given.to(x.device))}
+
+    def from_model(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model gives -> vectors in their own units: `restore`."""
+        return self.restore(x)
+
+    def normalise(self, values: torch.Tensor) -> torch.Tensor:
+        """Data (B, *shape) in their own units -> what the model sees; in their dtype."""
+        return (self.open(values) - self.mean) / nonzero(self.std) * self.sigma_data
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model gives (B, *shape) -> data in their own units, inside the bounds: the inverse."""
+        values = x / self.sigma_data * self.std + self.mean
+        if self.bounds == "tanh":
+            values = (self.low + self.high) / 2 + (self.high - self.low) / 2 * values.tanh()
+        # tanh rounds too
+        return values if self.bounds is None else torch.maximum(torch.minimum(values, self.high), self.low)
+
+    def condition(self, conditions: torch.Tensor) -> torch.Tensor:
+        """Conditions (B, K) in their own units -> what the model sees: mean 0, standard deviation 1."""
+        return (conditions - self.condition_mean) / nonzero(self.condition_std)
+
+    def open(self, values: torch.Tensor) -> torch.Tensor:
+        """atanh of the values' place between the bounds, for bounds "tanh"; else the values."""
+        if self.bounds != "tanh":
+            return values
+        place = (2 * values - self.low - self.high) / (self.high - self.low)
+        return place.clamp(-SQUASHED, SQUASHED).atanh()
+
+
+def nonzero(std: torch.Tensor) -> torch.Tensor:
+    """std with 1 in place of 0, to divide by."""
+    return torch.where(std == 0, 1, std)
+
+
+def codec_from(data: dict[str, Any]) -> ImageCodec | VectorCodec:
+    """The codec of `state()`, for sampling: it neither flips nor augments. Errors are those of a wrong argument."""
+    if scaling := data.get("scaling"):
+        return VectorCodec(**scaling)
+    return ImageCodec(**data["shape"], class_counts=data["class_counts"])
