@@ -8,11 +8,9 @@ Add a dataset: write one function that takes the `data` section of the config an
 `in_memory` or `from_files`) or a `VectorSet`, name it in DATASETS at the end of this file, and in config/schema.py.
 """
 
-from __future__ import annotations
-
 import atexit
-import contextlib
 import functools
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -26,8 +24,7 @@ import torch.nn.functional as F
 from config import ConfigError
 from objectives.draws import key
 from sources import arrays, files, vectors
-from sources.codecs import to_float as to_float  # kept at the top: pixels to [-1, 1], and back
-from sources.codecs import to_uint8 as to_uint8
+from sources.codecs import to_float, to_uint8  # noqa: F401  # kept at the top: pixels to [-1, 1], and back
 from sources.images import ImageSet, from_files, in_memory
 from sources.vectors import VectorSet
 
@@ -35,11 +32,8 @@ from sources.vectors import VectorSet
 def load(data_cfg: Any) -> ImageSet | VectorSet:
     """The training split that the config's `data` section names: images, or the vectors of an npz.
 
-    Args:
-        data_cfg: an object with name, dir, path, resolution, channels, conditional, on_broken and memory_gb.
-
-    Raises:
-        ConfigError: what is missing or wrong and what to do, in one line.
+    data_cfg: an object with name, dir, path, resolution, channels, conditional, on_broken and memory_gb.
+    Raises ConfigError: what is missing or wrong and what to do, in one line.
     """
     if data_cfg.name not in DATASETS:
         raise ConfigError(f"data.name: {data_cfg.name!r} is not one of {', '.join(DATASETS)}")
@@ -83,51 +77,37 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Endless (uint8 images (B, C, H, W), int64 labels (B,) or None); step k has places [k B, (k+1) B) of `order`.
 
-    Of vectors: (float32 values (B, ...), float32 conditions (B, K) or None).
-
-    Raises ConfigError for images that cannot be used, as the config says.
+    Of vectors: (float32 values (B, ...), float32 conditions (B, K) or None). Raises ConfigError for images that cannot
+    be used, as the config says.
     """
-    start, stop = rank_slice or (0, batch_size)
-
-    def indices() -> Iterator[torch.Tensor]:
-        step = start_step
-        while True:
-            yield order(len(dataset), seed, step * batch_size + torch.arange(start, stop))
-            step += 1
-
+    own = torch.arange(*(rank_slice or (0, batch_size)))
+    indices = (order(len(dataset), seed, step * batch_size + own) for step in itertools.count(start_step))
     if dataset.files is None:
-        for rows in indices():
+        for rows in indices:
             yield dataset.read(rows)
     loader: Any = torch.utils.data.DataLoader(
         dataset.files,  # type: ignore[arg-type]  # anything with __getitems__
-        batch_sampler=(rows.tolist() for rows in indices()),
+        batch_sampler=(rows.tolist() for rows in indices),
         num_workers=workers,
-        collate_fn=_as_they_are,
+        collate_fn=torch.utils.data.default_convert,  # leaves tensors and strings as they are
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         generator=torch.Generator().manual_seed(0),  # else it would draw from, and move, torch's global one
     )
-    with _deferred_signals():  # until the new processes ignore them
-        reads = iter(loader)
-    for read in reads:
+    for read in _started(loader):
         if isinstance(read, ConfigError):
             raise read
         yield dataset.unpack(read)
 
 
-def _as_they_are(read: Any) -> Any:
-    return read
-
-
-@contextlib.contextmanager
-def _deferred_signals() -> Iterator[None]:
+def _started(loader: Any) -> Iterator[Any]:
+    """iter(loader), with signals held back until the new processes ignore them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
+        return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
-        yield
+        return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -185,35 +165,27 @@ def _torchvision(cfg: Any, kind: str, place: str) -> Any:
 _IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte (gunzipped)"
 
 
-def _mnist(cfg: Any, kind: str) -> ImageSet:
+def mnist(cfg: Any, kind: str = "MNIST") -> ImageSet:
+    """60,000 handwritten digits, 28x28 grey padded to 32x32, 10 classes."""
     raw = _torchvision(cfg, kind, _IDX)
     images = F.pad(raw.data[:, None], (2, 2, 2, 2))  # 28 to 32: black, as the background is
     return in_memory(cfg, images, raw.targets, 10)
 
 
-def mnist(cfg: Any) -> ImageSet:
-    """60,000 handwritten digits, 28x28 grey padded to 32x32, 10 classes."""
-    return _mnist(cfg, "MNIST")
-
-
 def fashion_mnist(cfg: Any) -> ImageSet:
     """60,000 pieces of clothing, 28x28 grey padded to 32x32, 10 classes."""
-    return _mnist(cfg, "FashionMNIST")
+    return mnist(cfg, "FashionMNIST")
 
 
-def _cifar(cfg: Any, kind: str, archive: str, num_classes: int) -> ImageSet:
-    raw = _torchvision(cfg, kind, archive)
-    return in_memory(cfg, torch.from_numpy(raw.data).permute(0, 3, 1, 2), raw.targets, num_classes)
-
-
-def cifar10(cfg: Any) -> ImageSet:
+def cifar10(cfg: Any, num_classes: int = 10) -> ImageSet:
     """50,000 photographs, 32x32 colour, 10 classes."""
-    return _cifar(cfg, "CIFAR10", "cifar-10-python.tar.gz", 10)
+    raw = _torchvision(cfg, f"CIFAR{num_classes}", f"cifar-{num_classes}-python.tar.gz")
+    return in_memory(cfg, torch.from_numpy(raw.data).permute(0, 3, 1, 2), raw.targets, num_classes)
 
 
 def cifar100(cfg: Any) -> ImageSet:
     """50,000 photographs, 32x32 colour, 100 classes."""
-    return _cifar(cfg, "CIFAR100", "cifar-100-python.tar.gz", 100)
+    return cifar10(cfg, 100)
 
 
 def _given_path(cfg: Any, folder: bool) -> str:
@@ -236,12 +208,12 @@ def folder(cfg: Any) -> ImageSet:
     """A tree of images. Where all lie in subfolders, the top ones are the classes, numbered in sorted order."""
     path = _given_path(cfg, folder=True)
     names = list(files.walk(path))
-    classes = sorted({name.split("/")[0] for name in names if "/" in name})
-    labels = None
-    if all("/" in name for name in names):
-        number = {name: i for i, name in enumerate(classes)}
-        labels = [number[name.split("/")[0]] for name in names]
-    return from_files(cfg, files.Files(path, names, zipped=False, on_broken=cfg.on_broken), labels, len(classes))
+    tops = [name.split("/")[0] for name in names if "/" in name]
+    number = {top: i for i, top in enumerate(sorted(set(tops)))}
+    labels = [number[top] for top in tops] if len(tops) == len(names) else None
+    return from_files(
+        cfg, files.Files(path, names, zipped=False, on_broken=cfg.on_broken), labels, len(number) if labels else 0
+    )
 
 
 # Super-class -> its classes' places among ImageNet-1k's sorted class folders
@@ -261,7 +233,7 @@ IMAGENET9 = {
 def imagenet9(cfg: Any) -> ImageSet:
     """Nine super-classes, 42 classes of ImageNet-1k's train folder; label 0 is dog, 8 insect, as in IMAGENET9."""
     path = _given_path(cfg, folder=True)
-    classes = files.subfolders(path)
+    classes = [entry.name for entry in files.entries(path) if entry.is_dir(follow_symlinks=False)]
     if len(classes) != 1000:
         raise ConfigError(
             f"data.path: {path} has {len(classes)} class folders; ImageNet-1k's train folder, which imagenet9 is read "
@@ -291,15 +263,8 @@ def npz(cfg: Any) -> ImageSet | VectorSet:
     return in_memory(cfg, *arrays.images_in(path, found))
 
 
-# name -> function: what data.name can be
+# What data.name can be -> its function, of the same name
 DATASETS = {
-    "digits": digits,
-    "mnist": mnist,
-    "fashion_mnist": fashion_mnist,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "imagenet9": imagenet9,
-    "folder": folder,
-    "zip": zip_,
-    "npz": npz,
+    function.__name__.rstrip("_"): function
+    for function in (digits, mnist, fashion_mnist, cifar10, cifar100, imagenet9, folder, zip_, npz)
 }

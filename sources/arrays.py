@@ -1,7 +1,5 @@
 """Arrays in an npz: never unpickled, none unpacked beyond a limit; and what images and labels must be there."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 
@@ -37,10 +35,7 @@ def _read_npy(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
 
 
 def images_in(path: str, arrays: dict[str, np.ndarray | None]) -> tuple[torch.Tensor, np.ndarray | None, int]:
-    """Images uint8 (N, C, H, W), labels int64 (N,) or None and the number of classes, of `read(path, ...)`.
-
-    Raises ConfigError.
-    """
+    """Images uint8 (N, C, H, W), labels int64 (N,) or None, classes' number, of `read(path)`. Raises ConfigError."""
     images, labels = arrays["images"], arrays["labels"]
     if images is None:
         raise ConfigError(

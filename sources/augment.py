@@ -5,8 +5,6 @@ that it learns which images were transformed and, asked with labels of zero, dra
 CIFAR-10's published setting is p = 0.12.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 
@@ -23,28 +21,22 @@ PIXELS_AT_ONCE = 2**26  # of the enlarged images: 256 MiB in float32
 # The sym6 wavelet's low-pass filter (Daubechies 1992, symlets), as in StyleGAN2-ADA (2006.06676, appendix B.2). Being
 # orthonormal, it takes an image to twice its resolution and back without loss.
 SYM6 = (
-    0.015404109327027373,
-    0.0034907120842174702,
-    -0.11799011114819057,
-    -0.048311742585633,
-    0.4910559419267466,
-    0.787641141030194,
-    0.3379294217276218,
-    -0.07263752278646252,
-    -0.021060292512300564,
-    0.04472490177066578,
-    0.0017677118642428036,
-    -0.007800708325034148,
-)
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
+)  # fmt: skip
+
+
+def flip(images: torch.Tensor, flags: torch.Tensor, dim: int = 3) -> torch.Tensor:
+    """Mirror left to right (dim 3) or upside down (dim 2) the images (B, C, H, W) whose flag (B,), bool, is set."""
+    return torch.where(flags[:, None, None, None], images.flip(dim), images)
 
 
 def augment(images: torch.Tensor, p: float, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform images (B, C, H, W), float in [-1, 1], each way with probability p.
 
-    Runs on the images' device without waiting for it, and is a pure function of `draws` (on the same device).
-
-    Returns:
-        Images as given in shape and dtype (they may overshoot [-1, 1] a little), and labels (B, 9), float32.
+    Runs on the images' device without waiting for it, and is a pure function of `draws` (on the same device). Returns
+    images as given in shape and dtype (they may overshoot [-1, 1] a little), and labels (B, 9), float32.
     """
     if p == 0:
         return images, torch.zeros(len(images), AUGMENT_DIM, device=images.device)
@@ -65,19 +57,8 @@ def draw(p: float, draws: Draws) -> torch.Tensor:
     normal = draws.normal((rows, 4))
     mirror_y, scale, rotate, stretch, translate = (draws.uniform((rows, 5)) < p).float().unbind(1)
     slanted = (draws.uniform((rows,)) < 0.5).float()
-    return torch.stack(
-        [
-            signs[:, 0],
-            signs[:, 1] * mirror_y,
-            normal[:, 0] * scale,
-            angles[:, 0] * rotate,
-            angles[:, 1] * stretch * slanted,
-            normal[:, 1] * stretch,
-            normal[:, 2] * translate,
-            normal[:, 3] * translate,
-        ],
-        dim=1,
-    )
+    kept = [torch.ones_like(scale), mirror_y, scale, rotate, stretch * slanted, stretch, translate, translate]
+    return torch.cat([signs, normal[:, :1], angles, normal[:, 1:]], dim=1) * torch.stack(kept, dim=1)
 
 
 def labels(numbers: torch.Tensor) -> torch.Tensor:
@@ -91,9 +72,7 @@ def transform(images: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
     Images that are only mirrored, or not changed, are not resampled.
     """
-    mirror_x, mirror_y = numbers[:, 0] > 0, numbers[:, 1] > 0
-    images = torch.where(mirror_x[:, None, None, None], images.flip(3), images)
-    images = torch.where(mirror_y[:, None, None, None], images.flip(2), images)
+    images = flip(flip(images, numbers[:, 0] > 0), numbers[:, 1] > 0, dim=2)
     _, channels, height, width = images.shape
     with torch.autocast(images.device.type, enabled=False):  # half-precision geometry would miss by pixels
         inverse = inverse_affine(numbers, height, width)
@@ -108,23 +87,21 @@ def inverse_affine(numbers: torch.Tensor, height: int, width: int) -> torch.Tens
     """(B, 3, 3): where in the input each point (x, y, 1) of the output comes from; pixels, counted from the centre."""
     _, _, a2, a3, a4, a5, a6, a7 = numbers.unbind(1)
     unscale, unstretch, zero = SCALE**-a2, SCALE**-a5, torch.zeros_like(a2)
-    shift = _matrix(1 + zero, zero, zero, 1 + zero, -TRANSLATE * width * a6, -TRANSLATE * height * a7)
-    stretch = _rotation(-a4) @ _matrix(unstretch, zero, zero, 1 / unstretch, zero, zero) @ _rotation(a4)
-    scale = _matrix(unscale, zero, zero, unscale, zero, zero)
+    shift = _matrix(1 + zero, zero, -TRANSLATE * width * a6, zero, 1 + zero, -TRANSLATE * height * a7)
+    stretch = _rotation(-a4) @ _matrix(unstretch, zero, zero, zero, 1 / unstretch, zero) @ _rotation(a4)
+    scale = _matrix(unscale, zero, zero, zero, unscale, zero)
     return scale @ _rotation(a3) @ stretch @ shift
 
 
-def _matrix(
-    xx: torch.Tensor, xy: torch.Tensor, yx: torch.Tensor, yy: torch.Tensor, x: torch.Tensor, y: torch.Tensor
-) -> torch.Tensor:
-    zero = torch.zeros_like(xx)
-    rows = [torch.stack(row, dim=1) for row in ((xx, xy, x), (yx, yy, y), (zero, zero, zero + 1))]
-    return torch.stack(rows, dim=1)
+def _matrix(*two_rows: torch.Tensor) -> torch.Tensor:
+    """(B, 3, 3) of the six entries, (B,) each, above its last row, 0 0 1."""
+    zero = torch.zeros_like(two_rows[0])
+    return torch.stack([*two_rows, zero, zero, zero + 1], dim=1).view(-1, 3, 3)
 
 
 def _rotation(angle: torch.Tensor) -> torch.Tensor:
     zero = torch.zeros_like(angle)
-    return _matrix(angle.cos(), -angle.sin(), angle.sin(), angle.cos(), zero, zero)
+    return _matrix(angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero)
 
 
 def resample(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -158,14 +135,11 @@ def _doubling(side: int, device: torch.device, dtype: torch.dtype) -> tuple[torc
     """
     taps = torch.tensor(SYM6, dtype=torch.float64)
     taps = taps / taps.sum()
-    padded = 3 * side - 2
-    spread = torch.zeros(2 * padded + 10, padded, dtype=torch.float64)
-    for pixel in range(padded):
-        spread[2 * pixel : 2 * pixel + 12, pixel] = 2 * taps
-    place = torch.arange(padded) - (side - 1)
+
+    def halving(n: int) -> torch.Tensor:  # (n, 2 n + 10): the filter at every second pixel
+        return F.conv_transpose1d(torch.eye(n, dtype=torch.float64)[:, None], taps.view(1, 1, 12), stride=2)[:, 0]
+
+    place = torch.arange(3 * side - 2) - (side - 1)
     reflected = (side - 1) - ((side - 1) - place.abs()).abs()
-    up = spread[5:-5] @ F.one_hot(reflected, side).double()
-    down = torch.zeros(side, 2 * side + 10, dtype=torch.float64)
-    for pixel in range(side):
-        down[pixel, 2 * pixel : 2 * pixel + 12] = taps
-    return up.to(device, dtype), down.to(device, dtype)
+    up = 2 * halving(3 * side - 2).T.contiguous()[5:-5] @ F.one_hot(reflected, side).double()
+    return up.to(device, dtype), halving(side).to(device, dtype)

@@ -8,15 +8,13 @@ A codec moves with its model, but is no part of its weights: `state()` goes into
 `codec_from` makes it again. What a new kind of data needs is one class here; nothing behind it asks for the kind.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch.nn.functional import one_hot
 
 from objectives.draws import Draws
-from sources.augment import augment
+from sources.augment import augment, flip
 
 SQUASHED = 0.999  # tanh reaches its bounds only at infinity: data nearer than this to them are moved here
 
@@ -29,11 +27,6 @@ def to_float(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """[-1, 1] to uint8 0..255, rounded and clamped: the inverse of `to_float`, exact for all 256 values."""
     return ((x.to(torch.float32) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def flip(images: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
-    """Mirror left to right the images (B, C, H, W) whose flag (B,), bool, is set."""
-    return torch.where(flags[:, None, None, None], images.flip(3), images)
 
 
 class ImageCodec(torch.nn.Module):
@@ -69,10 +62,10 @@ class ImageCodec(torch.nn.Module):
         x = to_float(values, dtype)
         # Tensor cores read channels_last; a CPU's group norm is slower in it.
         x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
-        conditions = {}
+        conditions = self.told(given, x)
         if self.augment:
             x, conditions["augment_labels"] = augment(x, self.augment, draws)
-        return x, {**conditions, **self.told(given, x)}
+        return x, conditions
 
     def told(self, given: torch.Tensor | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """{"class_labels": one-hot (B, label_dim)} of classes (B,), as x is; {} without classes."""
@@ -81,9 +74,7 @@ class ImageCodec(torch.nn.Module):
         given = given.to(x.device, non_blocking=True)
         return {"class_labels": one_hot(given, self.network_shape["label_dim"]).to(x.dtype)}
 
-    def from_model(self, x: torch.Tensor) -> torch.Tensor:
-        """What the model gives -> uint8 images."""
-        return to_uint8(x)
+    from_model = staticmethod(to_uint8)  # what the model gives -> uint8 images
 
 
 class VectorCodec(torch.nn.Module):
@@ -114,7 +105,7 @@ class VectorCodec(torch.nn.Module):
         bounds: str | None = None,
         low: torch.Tensor | None = None,  # float32 (*shape), for bounds
         high: torch.Tensor | None = None,
-    ) -> VectorCodec:
+    ) -> "VectorCodec":
         """The normalisation of a training set. An element that never changes comes back as it was in every sample."""
         codec = cls(sigma_data, bounds, **({"low": low, "high": high} if bounds else {}))
         for name, part in (("", codec.open(values)), ("condition_", conditions)):
@@ -148,13 +139,9 @@ class VectorCodec(torch.nn.Module):
         """{"condition": what the model sees of conditions (B, K) in their own units}, where x is; {} without."""
         return {} if given is None else {"condition": self.condition(given.to(x.device))}
 
-    def from_model(self, x: torch.Tensor) -> torch.Tensor:
-        """What the model gives -> vectors in their own units: `restore`."""
-        return self.restore(x)
-
     def normalise(self, values: torch.Tensor) -> torch.Tensor:
         """Data (B, *shape) in their own units -> what the model sees; in their dtype."""
-        return (self.open(values) - self.mean) / nonzero(self.std) * self.sigma_data
+        return (self.open(values) - self.mean) / self.std.where(self.std != 0, 1) * self.sigma_data
 
     def restore(self, x: torch.Tensor) -> torch.Tensor:
         """What the model gives (B, *shape) -> data in their own units, inside the bounds: the inverse."""
@@ -164,9 +151,11 @@ class VectorCodec(torch.nn.Module):
         # tanh rounds too
         return values if self.bounds is None else torch.maximum(torch.minimum(values, self.high), self.low)
 
+    from_model = restore  # what the model gives -> vectors in their own units
+
     def condition(self, conditions: torch.Tensor) -> torch.Tensor:
         """Conditions (B, K) in their own units -> what the model sees: mean 0, standard deviation 1."""
-        return (conditions - self.condition_mean) / nonzero(self.condition_std)
+        return (conditions - self.condition_mean) / self.condition_std.where(self.condition_std != 0, 1)
 
     def open(self, values: torch.Tensor) -> torch.Tensor:
         """atanh of the values' place between the bounds, for bounds "tanh"; else the values."""
@@ -174,11 +163,6 @@ class VectorCodec(torch.nn.Module):
             return values
         place = (2 * values - self.low - self.high) / (self.high - self.low)
         return place.clamp(-SQUASHED, SQUASHED).atanh()
-
-
-def nonzero(std: torch.Tensor) -> torch.Tensor:
-    """std with 1 in place of 0, to divide by."""
-    return torch.where(std == 0, 1, std)
 
 
 def codec_from(data: dict[str, Any]) -> ImageCodec | VectorCodec:

@@ -1,7 +1,5 @@
 """Images in a folder or a zip: found, decoded in memory, never extracted, kept decoded where that is slow."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -60,23 +58,19 @@ class Files:
     recoloured: bool = True  # False: data.channels is unset, and a colour image among grey ones is an error
     stamp: tuple[int, int] = (0, 0)  # the archive's time and size: never read a replaced one through an old index
 
-    def load_bytes(self, index: int) -> bytes:
-        """The file's bytes. Raises BrokenImage where there are more than MAX_FILE."""
-        name = self.names[index]
-        if not self.zipped:
-            with open(os.path.join(self.path, name), "rb") as file:
-                data = file.read(MAX_FILE + 1)
-        else:
-            archive = _archive(self.path, self.stamp, os.getpid())
-            data = read_member(archive, archive.getinfo(name), MAX_FILE)
-        if len(data) > MAX_FILE:
-            raise BrokenImage(f"the file is larger than {MAX_FILE >> 20} MiB")
-        return data
-
     def open(self, index: int) -> Image.Image:
         """The image, its header read and checked. Raises BrokenImage."""
+        name = self.names[index]
         try:
-            image = Image.open(io.BytesIO(self.load_bytes(index)), formats=FORMATS)
+            if self.zipped:
+                archive = _archive(self.path, self.stamp, os.getpid())
+                data = read_member(archive, archive.getinfo(name), MAX_FILE)
+            else:
+                with open(os.path.join(self.path, name), "rb") as file:
+                    data = file.read(MAX_FILE + 1)
+            if len(data) > MAX_FILE:
+                raise BrokenImage(f"the file is larger than {MAX_FILE >> 20} MiB")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Exception as error:  # a hostile file can raise anything from a decoder
             raise BrokenImage(reason(error)) from error
         if image.width * image.height > MAX_PIXELS:
@@ -188,7 +182,7 @@ def reason(error: Exception) -> str:
     text = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, Image.UnidentifiedImageError):
         text = f"not an image of a known kind: {', '.join(FORMATS)}"
-    return text if text.isprintable() else ascii(text)
+    return show(text)
 
 
 # What lies in a folder or an archive ---------------------------------------------------------------------------------
@@ -200,28 +194,20 @@ def _is_image(name: str) -> bool:
     return not hidden and path.suffix[1:].lower() in SUFFIXES
 
 
-def _list(root: str, below: str = "") -> list[os.DirEntry[str]]:
-    """What lies in root/below, sorted by name."""
+def entries(root: str, below: str = "") -> list[os.DirEntry[str]]:
+    """What lies in root/below and is not hidden, sorted by name. Raises ConfigError."""
     try:
-        return sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name)
+        found = [entry for entry in os.scandir(os.path.join(root, below)) if not entry.name.startswith(".")]
     except OSError as error:
         raise ConfigError(f"data.path: {root}: {show(below or '.')} cannot be listed ({error.strerror})") from error
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
-
-
-def subfolders(root: str) -> list[str]:
-    """Names of the folders in root, sorted."""
-    return [entry.name for entry in _list(root) if _is_folder(entry)]
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def walk(root: str, below: str = "") -> Iterator[str]:
     """Relative names of the images under root, sorted. Links to files are followed, links to folders are not."""
-    for entry in _list(root, below):
+    for entry in entries(root, below):
         name = f"{below}/{entry.name}" if below else entry.name
-        if _is_folder(entry):
+        if entry.is_dir(follow_symlinks=False):
             yield from walk(root, name)
         elif _is_image(name) and entry.is_file():  # not a pipe or a device, which could be read for ever
             yield name
@@ -277,35 +263,32 @@ def settle(files: Files, resolution: int | None, channels: int | None) -> None:
     """
     files.resized, files.recoloured = resolution is not None, channels is not None
     count = len(files.names)
-    looked_at, first = 0, None
-    colour = False
+    seen = []  # (size, whether it has colour)
     for index in dict.fromkeys([*range(0, count, max(1, count // 64)), *range(count)]):
         try:
             image = files.open(index)
         except BrokenImage as error:
             files.broken(index, error)  # raises where broken images are fatal; named when it is read otherwise
             continue
-        first = first or image.size
-        colour |= image.mode not in GREY_MODES
-        looked_at += 1
-        if looked_at >= 64 or (resolution and channels):
+        seen.append((image.size, image.mode not in GREY_MODES))
+        if len(seen) >= 64 or (resolution and channels):
             break
-    if first is None:
+    if not seen:
         raise ConfigError(f"data.path: none of the {count} images in {files.path} can be read")
-    if resolution is None and first[0] != first[1]:
+    width, height = seen[0][0]
+    if resolution is None and width != height:
         raise ConfigError(
-            f"data.resolution: the images in {files.path} are {first[0]} x {first[1]} pixels, not square; "
+            f"data.resolution: the images in {files.path} are {width} x {height} pixels, not square; "
             "set data.resolution (for example 64), and all are cropped and resized to it"
         )
-    files.resolution = resolution or first[0]
-    files.channels = channels or (3 if colour else 1)
+    files.resolution = resolution or width
+    files.channels = channels or (3 if any(colour for _, colour in seen) else 1)
 
 
 def decoded(files: Files, folder: str) -> tuple[torch.Tensor, torch.Tensor]:
     """All images uint8 (N, C, R, R) and the indices int64 (N,) of those that could be read; `folder` keeps a cache."""
     cache = _cache_path(folder, files)
-    found = _read_cache(cache, files)
-    if found is not None:
+    if found := _read_cache(cache, files):
         return found
     started = time.monotonic()
     count = len(files.names)
@@ -354,14 +337,10 @@ def _cache_path(folder: str, files: Files) -> Path:
 def _read_cache(cache: Path, files: Files) -> tuple[torch.Tensor, torch.Tensor] | None:
     try:
         with open(cache, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images, kept = arrays["images"], arrays["kept"]
+            images, kept = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["kept"])
     except Exception:  # absent, or damaged: decode again
         return None
-    shape = (len(kept), files.channels, files.resolution, files.resolution)
-    good = images.dtype == np.uint8 and images.shape == shape and kept.dtype == np.int64 and kept.ndim == 1
-    if not good or (files.on_broken == "fail" and len(kept) < len(files.names)):
-        return None
-    return torch.from_numpy(images), torch.from_numpy(kept)
+    return None if files.on_broken == "fail" and len(kept) < len(files.names) else (images, kept)
 
 
 def _write_cache(cache: Path, images: np.ndarray, kept: np.ndarray) -> None:

@@ -1,7 +1,5 @@
 """Image datasets: square images of one size, in memory or decoded when they are read, and what makes one of pixels."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -49,7 +47,7 @@ class ImageSet:
         """Of one image."""
         return self.channels, self.resolution, self.resolution
 
-    def to(self, device: torch.device | str) -> ImageSet:
+    def to(self, device: torch.device | str) -> "ImageSet":
         """The same dataset with its decoded images and labels on `device`; a lazy set is returned as it is."""
         if self.images is None:
             return self
@@ -80,8 +78,7 @@ class ImageSet:
         """Between these images and a model that a Config asks for, by its data.conditional, flip and augment."""
         label_dim = self.num_classes if cfg.data.conditional else 0
         counts = torch.bincount(self.labels, minlength=label_dim).tolist() if label_dim else None
-        augment_dim = AUGMENT_DIM if cfg.data.augment else 0
-        sizes = (self.resolution, self.channels, label_dim, augment_dim)
+        sizes = (self.resolution, self.channels, label_dim, AUGMENT_DIM if cfg.data.augment else 0)
         return ImageCodec(*sizes, counts, cfg.data.flip, cfg.data.augment)
 
     def draw_given(self, seed: int, indices: Sequence[int]) -> torch.Tensor | None:
@@ -102,10 +99,11 @@ def draw_labels(seed: int, indices: Sequence[int], class_counts: Sequence[int]) 
 
 
 def in_memory(cfg: Any, images: torch.Tensor, labels: Any, num_classes: int) -> ImageSet:
-    """uint8 images (N, C, H, W) at the size and channels that the config asks for; labels: N integers, or None."""
+    """uint8 images (N, C, H, W) at the config's size and channels; labels: N integers, or None and num_classes 0."""
     images = fit_channels(fit_resolution(images, cfg.resolution), cfg.channels)
-    labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-    return ImageSet(cfg.name, 0 if labels is None else num_classes, labels, images)
+    return ImageSet(
+        cfg.name, num_classes, None if labels is None else torch.as_tensor(labels, dtype=torch.int64), images
+    )
 
 
 def from_files(cfg: Any, files: Files, labels: list[int] | None, num_classes: int) -> ImageSet:
@@ -113,14 +111,13 @@ def from_files(cfg: Any, files: Files, labels: list[int] | None, num_classes: in
     if not files.names:
         raise ConfigError(f"data.path: {files.path} holds no images ({', '.join(SUFFIXES)}); give the path of some")
     settle(files, cfg.resolution, cfg.channels)
-    label_tensor = None if labels is None else torch.tensor(labels, dtype=torch.int64)
-    num_classes = 0 if labels is None else num_classes
+    dataset = ImageSet(cfg.name, num_classes, None if labels is None else torch.tensor(labels), files=files)
     if len(files.names) * files.channels * files.resolution**2 > cfg.memory_gb * 2**30:
-        return ImageSet(cfg.name, num_classes, label_tensor, files=files)
+        return dataset
     images, kept = decoded(files, cfg.dir)
     if len(kept) < len(files.names):
         log.warning("data.path: skipped %d of %d images", len(files.names) - len(kept), len(files.names))
-    return ImageSet(cfg.name, num_classes, None if label_tensor is None else label_tensor[kept], images)
+    return replace(dataset, labels=None if labels is None else dataset.labels[kept], images=images, files=None)
 
 
 def fit_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
@@ -130,8 +127,7 @@ def fit_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
     if channels == 3:
         return images.expand(-1, 3, -1, -1).contiguous()
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    parts = [(part * weights).sum(1, keepdim=True).round().to(torch.uint8) for part in images.split(4096)]
-    return torch.cat(parts)
+    return torch.cat([(part * weights).sum(1, keepdim=True).round().to(torch.uint8) for part in images.split(4096)])
 
 
 def fit_resolution(images: torch.Tensor, resolution: int | None) -> torch.Tensor:

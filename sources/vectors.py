@@ -1,14 +1,10 @@
 """Vectors: samples that are floats of any shape, with or without conditions; and their files.
 
     dataset = data.load(cfg.data)  # a VectorSet where data.path is an npz with an array `vectors`
-    codec = dataset.codec(cfg)
-    x = codec.normalise(dataset.values)  # mean 0 and standard deviation sigma_data in every element
-    dataset.values == codec.restore(x)
+    codec = dataset.codec(cfg)  # their normalisation
 
 Actions, points and signals are all vectors here; a policy is a model of actions conditioned on states.
 """
-
-from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
@@ -48,7 +44,7 @@ class VectorSet:
         """K; 0 without conditions."""
         return 0 if self.conditions is None else self.conditions.shape[1]
 
-    def to(self, device: torch.device | str) -> VectorSet:
+    def to(self, device: torch.device | str) -> "VectorSet":
         """The same dataset on `device`."""
         conditions = None if self.conditions is None else self.conditions.to(device)
         return replace(self, values=self.values.to(device), conditions=conditions)
@@ -73,7 +69,6 @@ class VectorSet:
 def from_arrays(cfg: Any, path: str, arrays: dict[str, np.ndarray | None]) -> VectorSet:
     """The dataset in an npz's arrays: `vectors` (N, ...) of floats and, where they are there, `conditions` (N, K) of
     floats, `low` and `high` (...), the range of the vectors' elements.
-
     cfg: the config's `data` section. Raises ConfigError.
     """
     for option in ("resolution", "channels"):
@@ -83,17 +78,31 @@ def from_arrays(cfg: Any, path: str, arrays: dict[str, np.ndarray | None]) -> Ve
         raise ConfigError(f"data.{'flip' if cfg.flip else 'augment'}: is for images, and {path} holds vectors")
     tensors = {name: None if a is None else _floats(f"{name} in {path}", a) for name, a in arrays.items()}
     values, conditions, low, high = (tensors[name] for name in ("vectors", "conditions", "low", "high"))
+    shape = tuple(values.shape)
     if values.ndim < 2 or values.numel() == 0:
-        raise ConfigError(f"data.path: vectors in {path} are {_show(values)}; they must be (N, D), or (N, ...), N > 0")
-    if conditions is not None and (conditions.ndim != 2 or len(conditions) != len(values) or not conditions.numel()):
-        raise ConfigError(f"data.path: conditions in {path} are {_show(conditions)}; they must be ({len(values)}, K)")
+        raise ConfigError(f"data.path: vectors in {path} are {shape}; they must be (N, D), or (N, ...), N > 0")
+    n, shape = shape[0], shape[1:]
+    if conditions is not None and (conditions.ndim != 2 or len(conditions) != n or not conditions.numel()):
+        raise ConfigError(f"data.path: conditions in {path} are {tuple(conditions.shape)}; they must be ({n}, K)")
     if cfg.conditional and conditions is None:
         raise ConfigError(
             f"data.conditional: {path} has no array `conditions` (N, K); add it, or set data.conditional: false"
         )
-    if cfg.bounds is not None:
-        _check_bounds(cfg, path, values, low, high)
-    return VectorSet(cfg.name, values, conditions if cfg.conditional else None, low, high)
+    dataset = VectorSet(cfg.name, values, conditions if cfg.conditional else None, low, high)
+    if cfg.bounds is None:
+        return dataset
+    if low is None or high is None:
+        raise ConfigError(f"data.bounds: {cfg.bounds} needs arrays `low` and `high` in {path}, {shape} each")
+    if low.shape != shape or high.shape != shape or not (low < high).all():
+        raise ConfigError(
+            f"data.path: low and high in {path} are {tuple(low.shape)} and {tuple(high.shape)}; they must be {shape}, "
+            "and low below high"
+        )
+    slack = 1e-5 * (high - low)  # a rounding error is no mistake
+    outside = ((values < low - slack) | (values > high + slack)).flatten(1).any(1).nonzero()
+    if len(outside):
+        raise ConfigError(f"data.path: row {int(outside[0])} of vectors in {path} is outside of low and high")
+    return dataset
 
 
 def _floats(where: str, array: np.ndarray) -> torch.Tensor:
@@ -106,26 +115,6 @@ def _floats(where: str, array: np.ndarray) -> torch.Tensor:
         row = f" in row {int(bad[0][0])}" if tensor.ndim else ""
         raise ConfigError(f"data.path: {where} are not finite in float32{row}; remove what is not")
     return tensor
-
-
-def _show(tensor: torch.Tensor) -> str:
-    return str(tuple(tensor.shape))
-
-
-def _check_bounds(
-    cfg: Any, path: str, values: torch.Tensor, low: torch.Tensor | None, high: torch.Tensor | None
-) -> None:
-    if low is None or high is None:
-        raise ConfigError(f"data.bounds: {cfg.bounds} needs arrays `low` and `high` in {path}, {_show(values[0])} each")
-    if low.shape != values.shape[1:] or high.shape != values.shape[1:] or not (low < high).all():
-        raise ConfigError(
-            f"data.path: low and high in {path} are {_show(low)} and {_show(high)}; they must be {_show(values[0])}, "
-            "and low below high"
-        )
-    slack = 1e-5 * (high - low)  # a rounding error is no mistake
-    outside = ((values < low - slack) | (values > high + slack)).flatten(1).any(1).nonzero()
-    if len(outside):
-        raise ConfigError(f"data.path: row {int(outside[0])} of vectors in {path} is outside of low and high")
 
 
 def write(samples: torch.Tensor, conditions: torch.Tensor | None, file: BinaryIO) -> None:
@@ -142,10 +131,8 @@ def read_conditions(path: str, dim: int) -> torch.Tensor:
             with array as arrays:
                 array = arrays["conditions"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"--conditions: {path} cannot be read as an npy, or an npz's `conditions` ({reason})"
-        ) from None
+        why = " ".join(str(error).split())
+        raise ConfigError(f"--conditions: {path} cannot be read as an npy, or an npz's `conditions` ({why})") from None
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != dim or not len(array):
         raise ConfigError(f"--conditions: {path} holds {array.dtype} {array.shape}; this model needs floats (M, {dim})")
     if not np.isfinite(array).all():

@@ -24,7 +24,8 @@ PRELOAD = [
     "torch",
     "torch._dynamo",
     "torchvision",
-    "tensorboard",
+    "torch.utils.tensorboard",
+    "matplotlib.pyplot",
     "sklearn.datasets",
     "scipy.stats",
     "pydantic",
@@ -94,27 +95,27 @@ MUTANTS = [
     ),
     # Schedules
     Mutant(
-        "ct-N-off-by-one", "schedules.py",
+        "ct-N-off-by-one", "objectives/schedules.py",
         "max(math.ceil(math.sqrt(square) - 1), 1) + 1", "max(math.ceil(math.sqrt(square) - 1), 1)",
         "CT's N(k) counts intervals, not points", "schedules",
     ),
     Mutant(
-        "ct-N-ends-at-s1", "schedules.py",
+        "ct-N-ends-at-s1", "objectives/schedules.py",
         "((s1 + 1) ** 2 - s0**2)", "(s1**2 - s0**2)",
         "CT's N(K) = s1", "schedules",
     ),
     Mutant(
-        "ict-N-off-by-one", "schedules.py",
+        "ict-N-off-by-one", "objectives/schedules.py",
         "return min(s0 * 2 ** (k // max(interval, 1)), s1) + 1", "return min(s0 * 2 ** (k // max(interval, 1)), s1)",
         "iCT's N(k) without the + 1", "schedules",
     ),
     Mutant(
-        "ict-doubles-too-late", "schedules.py",
+        "ict-doubles-too-late", "objectives/schedules.py",
         "(math.log2(s1 // s0) + 1)", "math.log2(s1 // s0)",
         "K' without the + 1: the last grid is never reached", "schedules",
     ),
     Mutant(
-        "ict-P_mean-sign", "schedules.py",
+        "ict-P_mean-sign", "objectives/schedules.py",
         "(sigmas.log() - P_mean)", "(sigmas.log() + P_mean)",
         "pairs around e^1.1: Kinyugo/consistency_models #5", "schedules",
     ),
@@ -124,33 +125,33 @@ MUTANTS = [
         "iCT draws its pairs as CT does", "objectives",
     ),
     Mutant(
-        "ct-mu-of-N", "schedules.py",
+        "ct-mu-of-N", "objectives/schedules.py",
         "s0 * math.log(mu0) / (levels - 1)", "s0 * math.log(mu0) / levels",
         "mu(k) divides by the points, not the intervals", "schedules",
     ),
     Mutant(
-        "ect-clamp-missing", "schedules.py",
+        "ect-clamp-missing", "objectives/schedules.py",
         ").clamp(min=0)", ")",
         "r < 0", "schedules",
     ),
     Mutant(
-        "ect-stage-off-by-one", "schedules.py",
+        "ect-stage-off-by-one", "objectives/schedules.py",
         "q ** (stage + 1)", "q ** max(stage, 1)",
         "the second stage repeats the first one's r", "schedules",
     ),
     Mutant(
-        "ect-stage-in-images", "objectives/__init__.py",
+        "ect-stage-in-images", "training/build.py",
         "o.double_kimg * 1000 / batch if", "o.double_kimg * 1000 if",
         "stages counted in steps, not images", "distillation:option",
     ),
     Mutant(
-        "grid-reversed", "schedules.py",
+        "grid-reversed", "sampler.py",
         "return (high + ramp * (low - high)) ** rho", "return (low + ramp * (high - low)) ** rho",
         "the grid ascends: nathan-barry/tiny-diffusion #2", "schedules sampler",
     ),
     # Distances and weights
     Mutant(
-        "huber-per-element", "losses.py",
+        "huber-per-element", "objectives/losses.py",
         "square = (a - b).square().reshape(len(a), -1).sum(1)\n    if c is None:\n"
         "        c = 0.00054 * math.sqrt(a[0].numel())\n",
         "if c is None:\n        c = 0.00054 * math.sqrt(a[0].numel())\n"
@@ -158,12 +159,12 @@ MUTANTS = [
         "another loss: one reason that iCT does not reproduce", "losses",
     ),
     Mutant(
-        "huber-c-without-root-d", "losses.py",
+        "huber-c-without-root-d", "objectives/losses.py",
         "c = 0.00054 * math.sqrt(a[0].numel())", "c = 0.00054",
         "c does not grow with the image", "losses",
     ),
     Mutant(
-        "metric-ignored", "losses.py",
+        "metric-ignored", "objectives/losses.py",
         'return {"l1": l1, "l2": l2}[metric]', "return l2",
         "a norm option that never reaches the loss: read in other code", "objectives",
     ),
@@ -174,7 +175,7 @@ MUTANTS = [
         "objective.huber_c changes nothing", "distillation:option",
     ),
     Mutant(
-        "mu-ignored-in-cd", "objectives/__init__.py",
+        "mu-ignored-in-cd", "training/build.py",
         "how = (o.N, o.mu, o.solver,", "how = (o.N, 0.0, o.solver,",
         "objective.mu changes nothing", "distillation:option",
     ),
@@ -202,22 +203,22 @@ MUTANTS = [
     # Pairs
     Mutant(
         "noise-not-shared-ct", "objectives/ct.py",
-        "return x + like(low, x) * noise", "return x + like(low, x) * torch.randn_like(x)",
+        "return x + append_dims(low, x) * noise", "return x + append_dims(low, x) * torch.randn_like(x)",
         "the target sees another noise", "objectives",
     ),
     Mutant(
         "noise-not-shared-ict", "objectives/ict.py",
-        "D_target = model(x + like(low, x) * noise", "D_target = model(x + like(low, x) * torch.randn_like(x)",
+        "model(x + append_dims(low, x) * noise", "model(x + append_dims(low, x) * torch.randn_like(x)",
         "the target sees another noise", "objectives",
     ),
     Mutant(
         "noise-not-shared-ect", "objectives/ect.py",
-        "D_r = model(x + like(at, x) * noise", "D_r = model(x + like(at, x) * torch.randn_like(x)",
+        "D_r = model(x + append_dims(at, x) * noise", "D_r = model(x + append_dims(at, x) * torch.randn_like(x)",
         "the target sees another noise", "objectives",
     ),
     Mutant(
         "noise-not-shared-tcm", "objectives/tcm.py",
-        "x_r = x + like(r, x) * noise", "x_r = x + like(r, x) * torch.randn_like(x)",
+        "x_r = x + append_dims(r, x) * noise", "x_r = x + append_dims(r, x) * torch.randn_like(x)",
         "the target sees another noise", "objectives",
     ),
     Mutant(
@@ -283,7 +284,7 @@ MUTANTS = [
     ),
     Mutant(
         "student-without-labels-ect", "objectives/ect.py",
-        "D_t = model(x + like(t, x) * noise, t, **conditions)", "D_t = model(x + like(t, x) * noise, t)",
+        "D_t = model(x + append_dims(t, x) * noise, t, **conditions)", "D_t = model(x + append_dims(t, x) * noise, t)",
         "the labels are dropped in training", "distillation:labels",
     ),
     Mutant(
@@ -303,8 +304,8 @@ MUTANTS = [
         "points are given the labels of other trajectories", "distillation:cmt",
     ),
     Mutant(
-        "samples-without-labels", "sampler.py",
-        "noise_at, model.sigma_min, **given)", "noise_at, model.sigma_min)",
+        "samples-without-labels", "sampling/drawing.py",
+        "noise_at, model.sigma_min, **conditions)", "noise_at, model.sigma_min)",
         "the class asked for is not the class drawn", "sampler",
     ),
     # Distillation
@@ -330,7 +331,7 @@ MUTANTS = [
     ),
     Mutant(
         "tangent-norm-squared", "objectives/scm.py",
-        "g = g / like(norm + self.c, x)", "g = g / like(norm**2 + self.c, x)",
+        "g = g / append_dims(norm + self.c, x)", "g = g / append_dims(norm**2 + self.c, x)",
         "g/(norm(g)^2 + c): NVlabs/rcm #37, in the paper", "distillation",
     ),
     Mutant(
@@ -340,8 +341,9 @@ MUTANTS = [
     ),
     Mutant(
         "tcm-means-of-its-own-part", "objectives/tcm.py",
-        "/ every_chosen.to(values.dtype).mean()", "/ chosen.to(values.dtype).mean()",
-        "the loss depends on how the batch is split", "ranks:four_passes",
+        "if given is None else boundary.sum()\n        rows = draws.total if given is None else len(t)",
+        "* 0 + boundary.sum()\n        rows = len(t)",
+        "the loss depends on how the batch is split", "ranks:passes_give and tcm",
     ),
     Mutant(
         "checkpointing-with-another-mask", "networks/layers.py",
@@ -349,7 +351,7 @@ MUTANTS = [
         "the backward pass drops other units than the forward pass did", "speed:checkpointing",
     ),
     Mutant(
-        "resume-forgets-the-microbatch", "trainer.py",
+        "resume-forgets-the-microbatch", "training/step.py",
         'math.gcd(self.local_batch, state.get("microbatch", self.local_batch))', "self.local_batch",
         "a resumed run sums in another order, or runs out of memory", "speed:microbatch_auto",
     ),
@@ -374,17 +376,17 @@ MUTANTS = [
         "the teacher keeps its own Fourier frequencies: here, until a review", "distillation:augmentation_labels",
     ),
     Mutant(
-        "trigflow-from-edm-mlp-without-its-sign", "checkpoint.py",
+        "trigflow-from-edm-mlp-without-its-sign", "checkpoints/state.py",
         "_aux_conv|out_conv|last)", "_aux_conv|out_conv)",
         "a mirrored denoiser on vectors: here, until a review", "vectors:sct_starts",
     ),
     Mutant(
-        "tcm-sampled-below-its-boundary", "sampler.py",
+        "tcm-sampled-below-its-boundary", "sampling/plan.py",
         'return getattr(cfg.objective, "t_prime", cfg.network.sigma_min)', "return cfg.network.sigma_min",
         "levels that only the frozen first stage knows: here, until a review", "sampler:tcm",
     ),
     Mutant(
-        "trigflow-from-edm-without-its-sign", "checkpoint.py",
+        "trigflow-from-edm-without-its-sign", "checkpoints/state.py",
         "weights[name] = -weights[name]", "weights[name] = weights[name]",
         "an EDM teacher's weights in TrigFlow's clock", "distillation:runs_from_a_teacher and scd",
     ),
@@ -405,17 +407,17 @@ MUTANTS = [
         "the half-life counted in steps, not images", "ema",
     ),
     Mutant(
-        "grid-from-raw-weights", "trainer.py",
-        "self.emas[0].module,", "self.model,",
+        "grid-from-raw-weights", "training/trainer.py",
+        "step.emas[0].module,", "step.model,",
         "raw weights sampled in training", "trainer:average",
     ),
     Mutant(
-        "raw-weights-loaded", "checkpoint.py",
+        "raw-weights-loaded", "checkpoints/state.py",
         '_fill(model, state["ema"][average], path)', '_fill(model, state["model"], path)',
         "raw weights sampled and scored", "checkpoint generate:ema",
     ),
     Mutant(
-        "init-from-raw-weights", "checkpoint.py",
+        "init-from-raw-weights", "checkpoints/state.py",
         'weights = state["ema"][0]', 'weights = state["model"]',
         "the next stage starts from raw weights", "trainer:init_from",
     ),
@@ -431,99 +433,99 @@ MUTANTS = [
         "x + s z: the point lies above s", "sampler",
     ),
     Mutant(
-        "multistep-noise-reused", "sampler.py",
+        "multistep-noise-reused", "sampling/drawing.py",
         'return sample_noise(seed, own, shape, f"step {i}").to(device)', "return z",
         "every step adds the noise of the start", "sampler",
     ),
     Mutant(
-        "multistep-noise-of-one-step", "sampler.py",
+        "multistep-noise-of-one-step", "sampling/drawing.py",
         'f"step {i}"', '"step"',
         "every later step adds the same noise", "sampler",
     ),
     # The loop
     Mutant(
-        "warm-up-ignored", "trainer.py",
-        "rise = min((step + 1) / cfg.lr_warmup, 1.0) if cfg.lr_warmup else 1.0", "rise = 1.0",
+        "warm-up-ignored", "training/step.py",
+        "rise = min((step + 1) / warmup, 1.0) if warmup else 1.0", "rise = 1.0",
         "train.lr_warmup changes nothing", "trainer:learning_rate",
     ),
     Mutant(
-        "rate-never-reaches-the-optimizer", "trainer.py",
+        "rate-never-reaches-the-optimizer", "training/step.py",
         "self.update(learning_rate(self.step, self.cfg.train))", "self.update(self.cfg.train.lr)",
         "neither warm-up nor decay happens", "trainer:learning_rate",
     ),
     Mutant(
-        "microbatch-not-divided", "trainer.py",
-        "self.scaler.scale(out.loss / len(starts)).backward()", "self.scaler.scale(out.loss).backward()",
+        "microbatch-not-divided", "training/step.py",
+        "self.scaler.scale(loss / len(starts)).backward()", "self.scaler.scale(loss).backward()",
         "the gradient grows with the number of microbatches", "trainer:microbatches",
     ),
     Mutant(
-        "ranks-not-averaged", "trainer.py",
+        "ranks-not-averaged", "training/step.py",
         "            self.gradient /= self.world\n", "",
         "the gradient grows with the number of ranks", "trainer:microbatches",
     ),
     Mutant(
-        "ranks-not-summed", "trainer.py",
+        "ranks-not-summed", "training/step.py",
         "dist.all_reduce(self.gradient)", "pass",
         "every rank trains alone", "trainer:microbatches",
     ),
     Mutant(
-        "step-counted-on-rank-0-only", "trainer.py",
+        "step-counted-on-rank-0-only", "training/step.py",
         "out = self.objective(self.model, x, step=self.step,",
         "out = self.objective(self.model, x, step=self.step if self.rank == 0 else 0,",
         "N(k) advances on rank 0 only: read in other code", "trainer:microbatches",
     ),
     Mutant(
-        "same-draws-on-every-rank", "trainer.py",
-        '"start": self.rank * self.local_batch + start,', '"start": start,',
+        "same-draws-on-every-rank", "training/step.py",
+        "first, total = self.rank * self.local_batch + start,", "first, total = start,",
         "ranks share noise and noise levels", "trainer:microbatches",
     ),
     Mutant(
-        "draws-not-keyed-by-place", "draws.py",
+        "draws-not-keyed-by-place", "objectives/draws.py",
         "return rows[self.start : self.start + self.count]", "return rows[: self.count]",
         "every microbatch and rank gets the first rows' noise", "objectives",
     ),
     Mutant(
-        "same-draws-at-every-step", "trainer.py",
-        'key(self.cfg.run.seed, "objective", self.step)', 'key(self.cfg.run.seed, "objective")',
+        "same-draws-at-every-step", "training/step.py",
+        "key(self.cfg.run.seed, stream, self.step)", "key(self.cfg.run.seed, stream)",
         "one noise for the whole run", "trainer:draws_anew",
     ),
     Mutant(
-        "same-dropout-at-every-step", "trainer.py",
+        "same-dropout-at-every-step", "training/step.py",
         'key(self.cfg.run.seed, "dropout", self.step, self.rank, start)', 'key(self.cfg.run.seed, "dropout")',
         "one dropout mask for the whole run: elixir-nx/axon #423", "trainer:draws_anew",
     ),
     Mutant(
-        "labels-never-leave-the-loop", "trainer.py",
-        'conditions["class_labels"] = one_hot', 'conditions["class_labels"] = 0 * one_hot',
+        "labels-never-leave-the-loop", "sources/codecs.py",
+        '"class_labels": one_hot(', '"class_labels": 0 * one_hot(',
         "a conditional network trains without its labels", "trainer:first_loss",
     ),
     Mutant(
-        "pixels-from-0-to-1", "data.py",
+        "pixels-from-0-to-1", "sources/codecs.py",
         "(images.to(torch.float32) / 127.5 - 1)", "(images.to(torch.float32) / 255)",
         "data outside the range that sigma_data is for", "data:float",
     ),
     Mutant(
-        "resume-starts-the-data-anew", "trainer.py",
-        "cfg.train.batch_size, self.step, rows,", "cfg.train.batch_size, 0, rows,",
+        "resume-starts-the-data-anew", "training/trainer.py",
+        "cfg.train.batch_size, step.step, rows,", "cfg.train.batch_size, 0, rows,",
         "the first images are seen again: Hzfinfdu/Diffusion-BERT #30", "trainer:resumed_run",
     ),
     Mutant(
-        "resume-without-the-optimizer", "trainer.py",
+        "resume-without-the-optimizer", "training/step.py",
         '{"state": {0: own} if own else {}, "param_groups"', '{"state": {}, "param_groups"',
         "Adam's moments start at 0: NVlabs/stylegan2-ada-pytorch #108", "trainer:resumed_run",
     ),
     Mutant(
-        "resume-from-the-average", "trainer.py",
+        "resume-from-the-average", "training/step.py",
         'self.model.load_state_dict(state["model"])', 'self.model.load_state_dict(state["ema"][0])',
         "raw weights replaced by the EMA: Megvii-BaseDetection/YOLOX #1318", "trainer:resumed_run",
     ),
     Mutant(
-        "resume-without-the-average", "trainer.py",
+        "resume-without-the-average", "training/step.py",
         "ema.module.load_state_dict(weights)", "ema.module.load_state_dict(self.model.state_dict())",
         "the EMA starts anew: Vchitect/Latte #55", "trainer:resumed_run",
     ),
     Mutant(
-        "resume-without-the-target", "trainer.py",
+        "resume-without-the-target", "training/step.py",
         '        self.objective.load_state_dict(state["objective"])\n', "",
         "CT's target starts anew", "trainer:resumed_run",
     ),
@@ -534,18 +536,18 @@ MUTANTS = [
         "a policy that does not see the state", "vectors:sees_every",
     ),
     Mutant(
-        "condition-not-normalised-in-sampling", "sampler.py",
-        'given["condition"] = scaling.condition(conditions[start : start + batch_size].to(device))',
-        'given["condition"] = conditions[start : start + batch_size].to(device)',
+        "condition-not-normalised-in-sampling", "sampling/drawing.py",
+        "model.codec.told(given[start : start + batch_size], z)",
+        '{"condition": given[start : start + batch_size].to(device)}',
         "trained on normalised states, asked with raw ones", "vectors:own_units",
     ),
     Mutant(
-        "vectors-left-normalised", "sampler.py",
-        "x.clamp(-1, 1) if scaling is None else scaling.restore(x)", "x.clamp(-1, 1) if scaling is None else x",
+        "vectors-left-normalised", "sources/codecs.py",
+        "from_model = restore", "from_model = lambda self, x: x",
         "samples in the model's units, not the data's", "vectors:own_units",
     ),
     Mutant(
-        "conditions-of-other-rows", "vectors.py",
+        "conditions-of-other-rows", "sources/vectors.py",
         "return self.values[indices], None if self.conditions is None else self.conditions[indices]",
         "return self.values[indices], None if self.conditions is None else self.conditions[indices.roll(1)]",
         "actions paired with other states", "vectors:own_units",
@@ -558,7 +560,8 @@ def copy_repository(source: Path, folder: Path) -> None:
     for path in source.iterdir():
         if path.suffix in (".py", ".yml", ".toml", ".json"):
             shutil.copy(path, folder / path.name)
-    for name in ("configs", "networks", "objectives", "tests"):
+    rooms = [path.parent.name for path in source.glob("*/__init__.py")]
+    for name in ("configs", "tests", *rooms):
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
@@ -590,7 +593,8 @@ def run_tests(folder: Path, tests: str, *options: str) -> dict[str, str]:
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     failures = Failures()
-    pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-k", chosen or SLOW, *options, *where], [failures])
+    here = ["-q", "--tb=short", "-p", "no:cacheprovider", "-n", "0"]  # in this process, whatever pyproject.toml says
+    pytest.main([*here, "-k", chosen or SLOW, *options, *where], [failures])
     return failures.said
 
 

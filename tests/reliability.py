@@ -48,6 +48,8 @@ from PIL import Image  # noqa: E402
 import checkpoints  # noqa: E402
 import config  # noqa: E402
 import main  # noqa: E402
+from checkpoints.disk import write_atomically  # noqa: E402
+from checkpoints.state import PARTS  # noqa: E402
 from metrics import scores  # noqa: E402
 from training import trainer  # noqa: E402
 from training.step import TrainingStep  # noqa: E402
@@ -75,7 +77,7 @@ class Run:
         folder.parent.mkdir(parents=True, exist_ok=True)
         given = folder.with_name(f"{folder.name}.yml")
         text = config.dump(cfg).encode()
-        checkpoints.write_atomically(given, lambda file: file.write(text))  # another rank may be reading it
+        write_atomically(given, lambda file: file.write(text))  # another rank may be reading it
         self.log = folder.with_name(f"{folder.name}.log")
         self.mark = mmap.mmap(-1, 2)  # shared: 1 while a checkpoint is written; 1 once the loop has begun
         sys.stdout.flush()
@@ -139,16 +141,16 @@ class Run:
         return self.log.read_text()
 
 
-def at_step(step: int, action: Callable[[trainer.Trainer], None]) -> None:
-    """Call action(run) before step `step` of every run of this process."""
+def at_step(step: int, action: Callable[[TrainingStep], None]) -> None:
+    """Call action(its TrainingStep) before step `step` of every run of this process."""
     real = TrainingStep.__call__
 
-    def train_step(run, *batch):
-        if run.train_step.step == step:
-            action(run)
-        real(run, *batch)
+    def observed(self, *batch):
+        if self.step == step:
+            action(self)
+        real(self, *batch)
 
-    TrainingStep.__call__ = train_step
+    TrainingStep.__call__ = observed
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -270,7 +272,7 @@ def signals(times: int, folder: Path) -> str:
                     at_step(9, lambda _: (slow_now.touch(), time.sleep(60)))
                 elif kind == "scoring":
                     scores.score = lambda *a, **k: time.sleep(60)
-                at_step(11, lambda run: time.sleep(0.5))  # so that no run is over before its signal
+                at_step(11, lambda _: time.sleep(0.5))  # so that no run is over before its signal
 
             run = Run(cfg, before=slow)
             run.until(1)
@@ -353,13 +355,13 @@ def disk_full(times: int, folder: Path) -> str:
                 run_folder = folder / "disk" / "run" if mounted else folder / f"limited{i}{kind[:2]}"
                 how = "a tmpfs of 4 MB" if mounted else how
 
-                def filled(run, mounted=mounted):
+                def filled(_, mounted=mounted):
                     if mounted:
                         fill(folder / "disk")
                     else:
                         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
-                def emptied(run, mounted=mounted):
+                def emptied(_, mounted=mounted):
                     if mounted:
                         (folder / "disk" / "filler").unlink()
                     else:
@@ -444,12 +446,13 @@ def folder_removed(times: int, folder: Path) -> str:
             outside.mkdir()
             (outside / "step-00000001.ckpt").write_text("not ours")
 
-            def remove(run, kind=kind, outside=outside):
-                shutil.rmtree(run.folder / kind.replace("link", "checkpoints"))
-                if kind == "link":
-                    (run.folder / "checkpoints").symlink_to(outside)
-
             run_folder = folder / f"run{i}-{kind}"
+
+            def remove(_, kind=kind, outside=outside, run_folder=run_folder):
+                shutil.rmtree(run_folder / kind.replace("link", "checkpoints"))
+                if kind == "link":
+                    (run_folder / "checkpoints").symlink_to(outside)
+
             cfg = tiny(run_folder, train=TRAIN, sample={"grid": 4, "every": 5})
             run = Run(cfg, before=lambda i=i, remove=remove: at_step(9 + i, remove))
             code, said = run.wait(), run.said()
@@ -534,7 +537,7 @@ def damage(times: int, folder: Path) -> str:
     for version in (0, 2, "1", None, torch.zeros(3)):
         refuses("is of format", {**reference, "format": version})
         others += 1
-    for part in checkpoints.PARTS:
+    for part in PARTS:
         for state in ({k: v for k, v in reference.items() if k != part}, {**reference, part: "x"}):
             refuses("not a whole checkpoint", state)
             others += 1
@@ -603,7 +606,7 @@ def likely(section: str, key: str) -> list:
         yaml.safe_load(path.read_text()).get(section, {}).get(key)
         for path in [HERE.parent / "config.yml", *HERE.parent.glob("configs/*.yml")]
     ]
-    for kind in config._kinds(section):
+    for kind in config.kinds(section):
         if key in kind.model_fields:
             found += get_args(kind.model_fields[key].annotation)
             default = kind.model_fields[key].default
@@ -625,7 +628,7 @@ def mutated_config(draw) -> tuple[dict, list]:
         raw["network"]["name"] = "dhariwal_unet"
     names = {section: sorted(type(value).model_fields) for section, value in config.parse(raw)}
     if draw(st.integers(0, 9)) == 0:  # settings of other networks and objectives too
-        names = {s: sorted({key for kind in config._kinds(s) for key in kind.model_fields}) for s in names}
+        names = {s: sorted({key for kind in config.kinds(s) for key in kind.model_fields}) for s in names}
     odd = st.one_of(
         st.sampled_from(ODD), st.integers(0, 20), st.floats(-1, 3), st.text(max_size=6), st.lists(st.integers(0, 9))
     )
@@ -721,7 +724,8 @@ def affordable(cfg: config.Config) -> bool:
 
 
 def fuzz_commands(times: int, folder: Path) -> str:
-    """Mutated command lines of main.py, generate.py, edit.py and checkpoint.py."""
+    """Mutated command lines of main.py, generate.py, edit.py and convert.py."""
+    import convert
     import edit
     import generate
 
@@ -738,7 +742,7 @@ def fuzz_commands(times: int, folder: Path) -> str:
             "--num", "2",
             "--steps", "2", "--class", "1",
         ]),
-        "checkpoint.py": (checkpoints.main, ["export", ckpt, "target", "--to", "safetensors"]),
+        "convert.py": (convert.main, ["export", ckpt, "target", "--to", "safetensors"]),
     }  # fmt: skip
     odd = ["", "-", "--", "-1", "0", "3", "1e9", "99999999999999999999", "nan", "inf", "1,2", "80,0.8", ",", "a=b",
            "train.lr=",
@@ -770,7 +774,7 @@ def fuzz_commands(times: int, folder: Path) -> str:
         command, argv = lines[name][0], list(lines[name][1])
         if name in ("generate.py", "edit.py"):
             argv += ["--out", str(folder / f"out{i}")]
-        if name == "checkpoint.py":
+        if name == "convert.py":
             argv[2] = str(folder / f"out{i}")
         for _ in range(rng.choice([1, 1, 1, 2, 3])):
             options = [at for at, word in enumerate(argv[:-1]) if word.startswith("--") and word != "--resume"]
@@ -831,7 +835,7 @@ def fuzz_data(times: int, folder: Path) -> str:
 
     import data
 
-    logging.getLogger("data").setLevel(logging.ERROR)
+    logging.getLogger("sources").setLevel(logging.ERROR)
     rng = np.random.default_rng(times)
     source = folder / "source"
     images = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -920,7 +924,7 @@ def fuzz_data(times: int, folder: Path) -> str:
             path.unlink()
     left = sorted(path.name for path in folder.iterdir() if path.name not in ("source", "cache"))
     check(not left, f"written outside: {left}")
-    logging.getLogger("data").setLevel(logging.NOTSET)
+    logging.getLogger("sources").setLevel(logging.NOTSET)
     return f"{times} ({len(names)} images each): {refused} refused in one line, {read} read without what was broken"
 
 
@@ -1108,12 +1112,12 @@ def numbers(times: int, folder: Path) -> str:
         layer, first, kind = rng.choice(layers), rng.randrange(5, 20), ("output", "gradient", "loss")[i % 3]
         seen: dict[str, torch.Tensor] = {}
 
-        def spoil(run, layer=layer, first=first, kind=kind, seen=seen):
-            module, objective = run.train_step.model.get_submodule(layer), run.train_step.objective.forward
+        def spoil(step, layer=layer, first=first, kind=kind, seen=seen):
+            module, objective = step.model.get_submodule(layer), step.objective.forward
             if kind == "output":
-                module.register_forward_hook(lambda m, a, out: out * math.inf if run.train_step.step >= first else None)
+                module.register_forward_hook(lambda m, a, out: out * math.inf if step.step >= first else None)
             elif kind == "gradient":
-                spoilt = lambda g: g * math.nan if run.train_step.step >= first else g  # noqa: E731
+                spoilt = lambda g: g * math.nan if step.step >= first else g  # noqa: E731
                 module.register_forward_hook(
                     lambda m, a, out: out.register_hook(spoilt) and None if out.requires_grad else None
                 )
@@ -1121,31 +1125,28 @@ def numbers(times: int, folder: Path) -> str:
 
                 def bad_loss(*args, **kwargs):
                     out = objective(*args, **kwargs)
-                    if run.train_step.step >= first:
-                        out.log["loss_by_sigma/1-10"] = (out.loss.detach() * math.nan, torch.ones(()))
+                    if step.step >= first:
+                        out.log["loss_by_sigma/1-10"] = (out.loss.detach().sum() * math.nan, torch.ones(()))
                         out.loss = out.loss + math.inf  # its gradient is finite
                     return out
 
-                run.train_step.objective.forward = bad_loss
-            real = run.train_step
+                step.objective.forward = bad_loss
 
-            def watched(*batch):
-                if run.train_step.step == first:
-                    seen.update({k: v.clone() for k, v in run.train_step.model.state_dict().items()})
-                real(*batch)
+            class Watched(TrainingStep):
+                def __call__(self, *batch):
+                    if self.step == first:
+                        seen.update({k: v.clone() for k, v in self.model.state_dict().items()})
+                    super().__call__(*batch)
 
-            run.train_step = watched
+            step.__class__ = Watched
 
-        spoil(run)
-        run.open_folder()
+        spoil(run.train_step)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), run.opened():
                 run.loop()
             raise Lost("it trained to the end")
         except config.RunFailed as error:
             said = str(error)
-        finally:
-            run.close()
         check("\n" not in said and f"from step {first + 1:,} on. Objective ect" in said, said)
         if kind != "loss":
             check(f"layer {layer} " in said, f"{kind} of {layer}: {said}")
@@ -1160,11 +1161,10 @@ def numbers(times: int, folder: Path) -> str:
         )
         again = trainer.Trainer(cfg)
         again.resume()
-        again.open_folder()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), again.opened():
             again.loop()
-        again.close()
-        check(again.train_step.step == 60 and all(p.isfinite().all() for p in again.train_step.model.parameters()), "it did not go on")
+        step = again.train_step
+        check(step.step == 60 and all(p.isfinite().all() for p in step.model.parameters()), "it did not go on")
     return f"{times}: each report names step, objective, noise levels and layer; the weights saved are those before it"
 
 
@@ -1173,14 +1173,14 @@ def out_of_memory(times: int, folder: Path) -> str:
     rng, advised = random.Random(times), 0
     for i in range(times):
         batch, limit = rng.choice([6, 9, 12, 16, 20]), rng.randrange(1, 6)
-        real = trainer.Trainer.prepare
+        real = TrainingStep.prepare
 
-        def full(run, images, *rest, limit=limit, real=real):
+        def full(step, images, *rest, limit=limit, real=real):
             if len(images) > limit:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return real(run, images, *rest)
+            return real(step, images, *rest)
 
-        trainer.Trainer.prepare, part = full, None
+        TrainingStep.prepare, part = full, None
         try:
             for attempt in range(9):
                 cfg = tiny(folder / f"run{i}-{attempt}", train={"batch_size": batch, "microbatch": part, "steps": 1})
@@ -1192,7 +1192,7 @@ def out_of_memory(times: int, folder: Path) -> str:
                 part, advised = int(re.search(r"microbatch=(\d+)", said).group(1)), advised + 1
             check(code == 0 and checkpoints.load(cfg.run.folder / "checkpoints" / "last.ckpt")["step"] == 1, said)
         finally:
-            trainer.Trainer.prepare = real
+            TrainingStep.prepare = real
     return f"{times} sizes of batch and memory, {advised} times advised; each ended in a run of the whole batch"
 
 
@@ -1215,7 +1215,7 @@ def ranks(times: int, folder: Path) -> str:
     whole = state_of(folder / "unbroken")
     for i in range(times):
         cfg = tiny(folder / f"run{i}", train=train)
-        both = pair(cfg, "--resume", before=lambda: at_step(25, lambda run: time.sleep(1)))
+        both = pair(cfg, "--resume", before=lambda: at_step(25, lambda _: time.sleep(1)))
         for run in both:
             run.until(1)
         time.sleep(rng.random() * 0.3)
@@ -1231,7 +1231,7 @@ def ranks(times: int, folder: Path) -> str:
         check(same(state_of(cfg.run.folder), whole), "other weights")
 
         cfg = tiny(folder / f"term{i}", train=train)
-        both = pair(cfg, before=lambda: at_step(25, lambda run: time.sleep(1)))
+        both = pair(cfg, before=lambda: at_step(25, lambda _: time.sleep(1)))
         for run in both:
             run.until(1)
         os.kill(both[i % 2].pid, signal.SIGTERM)  # one rank alone is told; both stop
@@ -1273,7 +1273,7 @@ def memory(times: int, folder: Path) -> str:
         data={"dir": str(folder / "data")},
     )
 
-    def resident(run: trainer.Trainer) -> None:
+    def resident(_: TrainingStep) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         with open(folder / "resident", "a") as file:
             file.write(f"{pages * resource.getpagesize() / 2**20:.1f}\n")

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoints
 import config
-from objectives.common import by_level
+from checkpoints import disk
 from objectives import Output
+from objectives.common import by_level
 from training import trainer
 from training.logs import RunLog
 
@@ -39,32 +40,34 @@ def test_nothing_is_lost_and_nothing_let_in(fault, rows):
 def test_an_fp16_scaler_goes_on_where_it_was(tmp_path):
     cfg = tiny(tmp_path, train={"precision": "fp16"})
     run = trainer.Trainer(cfg)
-    images = run.dataset.images[:16]
-    run.train_step(images, None)
-    before = {name: value.clone() for name, value in run.train_step.model.state_dict().items()}
-    objective = run.train_step.objective
-    scale = run.train_step.scaler.get_scale()
-    run.train_step.objective = lambda *a, **k: Output(objective(*a, **k).loss * math.inf)
-    run.train_step(images, None)
-    assert run.train_step.scaler.get_scale() == scale / 2 < 65536
-    assert all(torch.equal(before[name], value) for name, value in run.train_step.model.state_dict().items())
-    run.train_step.objective, run.train_step.step = objective, 2
-    skipped = int(run.train_step.skipped)
-    run.open_folder()
-    run.save()
-    run.close()
-    again = trainer.Trainer(cfg)
-    again.resume()
-    assert again.train_step.scaler.get_scale() == scale / 2 and int(again.train_step.skipped) == skipped >= 1
-    for each in (run, again):
-        each.train_step(images, None)
-    assert torch.equal(run.train_step.flat.vector, again.train_step.flat.vector) and run.train_step.scaler.state_dict() == again.train_step.scaler.state_dict()
+    step, images = run.train_step, run.dataset.images[:16]
+    step(images, None)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    objective = step.objective
+    scale = step.scaler.get_scale()
+    step.objective = lambda *a, **k: Output(objective(*a, **k).loss * math.inf)
+    step(images, None)
+    assert step.scaler.get_scale() == scale / 2 < 65536
+    assert all(torch.equal(before[name], value) for name, value in step.model.state_dict().items())
+    step.objective = objective
+    skipped = int(step.skipped)
+    with run.opened():
+        run.save()
+    resumed = trainer.Trainer(cfg)
+    resumed.resume()
+    again = resumed.train_step
+    assert again.step == step.step == 2
+    assert again.scaler.get_scale() == scale / 2 and int(again.skipped) == skipped >= 1
+    for each in (step, again):
+        each(images, None)
+    assert torch.equal(step.flat.vector, again.flat.vector)
+    assert step.scaler.state_dict() == again.scaler.state_dict()
 
 
 def test_a_checkpoint_of_a_device_without_a_scaler_resumes_on_one_with(tmp_path):
     trainer.Trainer(tiny(tmp_path, train={"precision": "fp32"}))
     run = trainer.Trainer(tiny(tmp_path, train={"precision": "auto"}))
-    run.train_step.step, run.saved = 2, 0
+    run.train_step.step = 2
     state = {**run.state(), "scaler": {}}
     checkpoints.save(state, tmp_path / "checkpoints", 2, 2)
     run.train_step.scaler = torch.amp.GradScaler("cpu")
@@ -74,25 +77,23 @@ def test_a_checkpoint_of_a_device_without_a_scaler_resumes_on_one_with(tmp_path)
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
     run = trainer.Trainer(tiny(tmp_path))
-    run.open_folder()
-    run.train_step.step = 2
-    run.save()
-    with torch.no_grad():
-        next(run.train_step.model.parameters()).view(-1)[0] = math.nan
-    run.train_step.step = 4
-    run.save()
-    run.close()
+    with run.opened():
+        run.train_step.step = 2
+        run.save()
+        with torch.no_grad():
+            next(run.train_step.model.parameters()).view(-1)[0] = math.nan
+        run.train_step.step = 4
+        run.save()
     assert "the weights are not finite" in capsys.readouterr().out
     assert checkpoints.load(tmp_path / "checkpoints" / "last.ckpt")["step"] == 2
 
 
 def test_checkpoints_from_before_a_bad_streak_are_kept(tmp_path):
     run = trainer.Trainer(tiny(tmp_path, train={"keep": 1}))
-    run.open_folder()
-    for run.train_step.step, streak in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 3)):
-        run.train_step.streak.fill_(streak)
-        run.save()
-    run.close()
+    with run.opened():
+        for run.train_step.step, streak in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 3)):
+            run.train_step.streak.fill_(streak)
+            run.save()
     assert [path.name for path in checkpoints.numbered(tmp_path / "checkpoints")] == [
         f"step-{i:08d}.ckpt" for i in (2, 3, 4, 5)
     ]
@@ -153,10 +154,10 @@ def test_resuming_hides_the_curves_after_the_checkpoint(tmp_path):
 
 def test_appending_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    checkpoints.append(path, b"one\n")
+    disk.append(path, b"one\n")
     (tmp_path / "link").symlink_to(path)
     with pytest.raises(OSError):
-        checkpoints.append(tmp_path / "link", b"two\n")
+        disk.append(tmp_path / "link", b"two\n")
     assert path.read_bytes() == b"one\n"
 
 

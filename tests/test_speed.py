@@ -9,10 +9,11 @@ from conftest import EVERY, every_objective, tiny
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import config
 import data
 import networks
 from networks.layers import UNetBlock
-from training import trainer
+from training import diagnose, trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -20,12 +21,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 def one_step(cfg):
     """(loss, gradient) of a training step that moves nothing."""
     run = trainer.Trainer(cfg)
+    step = run.train_step
     torch.manual_seed(1)
     with torch.no_grad():  # fresh, the network's last layers are almost zero, and its output with them
-        run.train_step.flat.vector.add_(0.05 * torch.randn_like(run.train_step.flat.vector))
-    run.train_step.update = lambda lr: None
-    run.train_step(run.dataset.images[:16].to(run.device), None)
-    return float(run.train_step.sums["loss"]), run.train_step.gradient.double().cpu()
+        step.flat.vector.add_(0.05 * torch.randn_like(step.flat.vector))
+    step.update = lambda lr: None
+    step(run.dataset.images[:16].to(run.device), None)
+    return float(step.sums["loss"]), step.gradient.double().cpu()
 
 
 def difference(a, b):
@@ -105,7 +107,8 @@ def test_checkpointing_changes_no_bit_and_computes_blocks_again(name, teacher, t
 def test_microbatch_auto_halves_until_a_pass_fits_and_a_resumed_run_keeps_it(tmp_path, monkeypatch):
     cfg = tiny(tmp_path, train={"microbatch": "auto", "steps": 2}, network={"dropout": 0.0})
     run = trainer.Trainer(cfg)
-    tried, real = [], run.train_step.objective.forward
+    step = run.train_step
+    tried, real = [], step.objective.forward
 
     def of_a_small_gpu(model, x, **rest):
         tried.append(len(x))
@@ -113,36 +116,34 @@ def test_microbatch_auto_halves_until_a_pass_fits_and_a_resumed_run_keeps_it(tmp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, x, **rest)
 
-    run.train_step.objective.forward = of_a_small_gpu
-    before = run.train_step.flat.vector.clone()
-    run.open_folder()
-    run.find_microbatch()
-    assert tried == [16, 8, 4] and run.train_step.microbatch == 4
-    assert torch.equal(run.train_step.flat.vector, before) and not run.train_step.gradient.any()
-    run.loop()  # on a CPU it asks no more
-    run.close()
+    step.objective.forward = of_a_small_gpu
+    before = step.flat.vector.clone()
+    diagnose.find_microbatch(step, run.dataset.read)
+    assert tried == [16, 8, 4] and step.microbatch == 4
+    assert torch.equal(step.flat.vector, before) and not step.gradient.any()
+    with run.opened():
+        run.loop()  # on a CPU it asks no more
     assert tried[3:] == [4] * 8  # two steps of the whole batch
     longer = trainer.Trainer(tiny(tmp_path, train={"microbatch": "auto", "steps": 4}, network={"dropout": 0.0}))
-    assert longer.microbatch == 16
+    assert longer.train_step.microbatch == 16
     longer.resume()
-    assert longer.microbatch == 4
+    assert longer.train_step.microbatch == 4
 
 
 def test_ranks_agree_on_one_microbatch(tmp_path, monkeypatch):
     """This rank had room for all; another had not."""
     run = trainer.Trainer(tiny(tmp_path, train={"microbatch": "auto"}))
     answers = iter([True, True, False])
-    monkeypatch.setattr(trainer, "any_rank", lambda full: next(answers))
-    run.log = type("Log", (), {"say": print})()
-    run.find_microbatch()
+    monkeypatch.setattr(diagnose, "any_rank", lambda full: next(answers))
+    diagnose.find_microbatch(run.train_step, run.dataset.read)
     assert run.train_step.microbatch == 4
 
 
 def test_where_not_one_image_fits_one_line_says_so(tmp_path, monkeypatch):
     run = trainer.Trainer(tiny(tmp_path, train={"microbatch": "auto"}))
-    monkeypatch.setattr(run, "fits", lambda count: False)
-    with pytest.raises(trainer.ConfigError, match=r"has no memory for 1 images a pass; set train\.checkpointing=true"):
-        run.find_microbatch()
+    monkeypatch.setattr(diagnose, "fits", lambda step, batch: False)
+    with pytest.raises(config.ConfigError, match=r"has no memory for 1 images a pass; set train\.checkpointing=true"):
+        diagnose.find_microbatch(run.train_step, run.dataset.read)
 
 
 class Reads(TorchDispatchMode):
@@ -218,7 +219,7 @@ def test_the_loop_never_waits_for_images_in_files(tmp_path):
     noise = torch.randint(256, (64, 32, 32, 3), dtype=torch.uint8).numpy()
     for i, pixels in enumerate(noise):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    dataset = data.load(trainer.config.Data(name="folder", path=str(tmp_path), memory_gb=0.0))
+    dataset = data.load(config.Data(name="folder", path=str(tmp_path), memory_gb=0.0))
     assert dataset.images is None
     waited = {0: 0.0, 2: 0.0}
     for workers in waited:

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import main
-from training import trainer
 from training.step import TrainingStep
 
 torch.set_num_threads(1)
@@ -21,7 +20,7 @@ step = TrainingStep.__call__
 
 
 def told_to_stop(run, *batch):
-    if run.train_step.step == 3 and run.rank == 1:
+    if run.step == 3 and run.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     step(run, *batch)
 
