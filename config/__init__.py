@@ -1,8 +1,7 @@
 """The settings of a run: what there is (schema), how it is read (reading), what goes together (rules), what is said."""
 
 # ruff: noqa: F401, I001 (one module may take several lines)
-from config.arguments import Arguments
-from config.errors import ConfigError, RunFailed, machine_failure, printable
+from config.errors import Arguments, ConfigError, RunFailed, machine_failure, printable
 from config.reading import dump, first_difference, load, parse
 from config.schema import CD, CMT, CT, ECT, EDM, ICT, MLP, PD, SCD, SCT, TCM, DhariwalUNet, SongUNet, TrigFlow
 from config.schema import Config, Data, Ema, Metrics, Network, Run, Sample, Section, Train, UNet

@@ -1,4 +1,8 @@
-"""The two ways a command ends badly, and how their one line is written."""
+"""How a command ends badly: a wrong command line, bad input, or what the machine refused, on one line each."""
+
+import argparse
+import sys
+from typing import NoReturn
 
 
 def printable(text: str) -> str:
@@ -15,6 +19,15 @@ class ConfigError(ValueError):
 
 class RunFailed(RuntimeError):
     """The machine or the numbers failed, not the user: its message is one line, and the commands exit with code 1."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """A command line whose errors are one line too, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line and exit with code 2."""
+        print(f"{self.prog}: {printable(message)}; --help shows what there is", file=sys.stderr)
+        sys.exit(2)
 
 
 def machine_failure(error: OSError | MemoryError) -> str:

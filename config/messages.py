@@ -1,7 +1,5 @@
 """The one line about a setting that is wrong: its file and line, its key, what is wrong and the nearest right name."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Callable
@@ -9,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from config.schema import Config, kinds, names
+from config.schema import DEFAULT_NAMES, Config, kinds, names
 
 
 def explain(error: ValidationError, place: Callable[[str], str]) -> str:
@@ -17,25 +15,24 @@ def explain(error: ValidationError, place: Callable[[str], str]) -> str:
     first = error.errors(include_url=False)[0]
     # A union's error names the member (network.song_unet.x): users write network.x.
     loc = [str(part) for part in first["loc"]]
-    if len(loc) > 1 and loc[0] in ("network", "objective") and loc[1] in names(loc[0]):
+    if len(loc) > 1 and loc[0] in DEFAULT_NAMES and loc[1] in names(loc[0]):
         del loc[1]
-    if first["type"] == "union_tag_invalid":
+    kind, value = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        said = "there is no such setting" + _nearest(loc)
+    elif kind == "union_tag_invalid":
+        name = str(value["name"])
+        said = f"there is no {name!r}{_did_you_mean(name, names(loc[0]))}"
         loc.append("name")
-    key, value = ".".join(loc), first["input"]
-    message = f"{place('.'.join(loc[:2]))}: {key}: "
-    if first["type"] == "extra_forbidden":
-        return message + "there is no such setting" + _nearest(loc)
-    if first["type"] == "union_tag_invalid":
-        name = str(value.get("name") if isinstance(value, dict) else value)
-        return message + f"there is no {name!r}{_did_you_mean(name, names(loc[0]))}"
-    if first["type"] == "literal_error":
+    elif kind == "literal_error":
         allowed = first["ctx"]["expected"]
         guess = _did_you_mean(str(value), re.findall(r"'([^']+)'", allowed))
-        return message + f"{_short(value)} is not one of {allowed}{guess if 'did you' in guess else ''}"
-    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return message + f"expected keys and values below it, found {_short(value)}"
-    what = first["msg"][0].lower() + first["msg"][1:]
-    return message + f"{what}, found {_short(value)}"
+        said = f"{_short(value)} is not one of {allowed}{guess if 'did you' in guess else ''}"
+    elif kind in ("model_type", "model_attributes_type", "dict_type"):
+        said = f"expected keys and values below it, found {_short(value)}"
+    else:
+        said = f"{first['msg'][0].lower()}{first['msg'][1:]}, found {_short(value)}"
+    return f"{place('.'.join(loc[:2]))}: {'.'.join(loc)}: {said}"
 
 
 def _nearest(loc: list[str]) -> str:

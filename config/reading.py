@@ -1,12 +1,9 @@
 """Config files and overrides in, a checked Config out; and back to YAML."""
 
-from __future__ import annotations
-
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,10 +11,11 @@ from pydantic import BaseModel, ValidationError
 from config import rules
 from config.errors import ConfigError
 from config.messages import explain, one_line
-from config.schema import DEFAULT_NAMES, Config, kinds
+from config.schema import DEFAULT_NAMES, Config, kinds, names
 
 MAX_TEXT = 1_000_000  # characters of a config file
 GIVES_WAY = {"ema": ("half_life_kimg", "decay"), "objective": ("stage", "double_kimg")}  # where only the first is given
+STAGE = {"stage": "double_kimg", "double_kimg": "stage"}  # one on the command line takes the place of the file's other
 
 
 class _Loader(yaml.SafeLoader):
@@ -52,8 +50,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
 
     Raises ConfigError: one line with the file, the key, what is wrong and the nearest right name.
     """
-    raw, lines = _read_yaml(Path(path))
-    where = {key: f"{path}:{line}" for key, line in lines.items()}
+    raw, where = _read_yaml(Path(path))
     for override in overrides:
         _apply(raw, override, where)
     return parse(raw, lambda key: where.get(key, str(path)))
@@ -76,8 +73,8 @@ def parse(raw: dict[str, Any], place: Callable[[str], str] = lambda key: "config
     return cfg
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's content, and the line of each section.key."""
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's content, and the file:line of each section and section.key."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read(MAX_TEXT + 1)
@@ -100,13 +97,12 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         return {}, {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections such as 'train:', found {type(raw).__name__}")
-    lines = {}
+    where = {}
     for section, values in node.value:
-        lines[str(section.value)] = section.start_mark.line + 1
-        if isinstance(values, yaml.MappingNode):
-            for key, _ in values.value:
-                lines[f"{section.value}.{key.value}"] = key.start_mark.line + 1
-    return raw, lines
+        where[section.value] = f"{path}:{section.start_mark.line + 1}"
+        for key, _ in values.value if isinstance(values, yaml.MappingNode) else ():
+            where[f"{section.value}.{key.value}"] = f"{path}:{key.start_mark.line + 1}"
+    return raw, where
 
 
 def _apply(raw: dict[str, Any], override: str, where: dict[str, str]) -> None:
@@ -126,6 +122,8 @@ def _apply(raw: dict[str, Any], override: str, where: dict[str, str]) -> None:
         raise ConfigError(f"{where.get(section, 'config')}: {section}: expected keys and values below it")
     if key == "name" and section in DEFAULT_NAMES:
         _change_name(section, content, value)
+    if value is not None and where.get(f"{section}.{STAGE.get(key)}") != "command line":
+        content.pop(STAGE.get(key), None)
     content[key] = value
     where[f"{section}.{key}"] = "command line"
 
@@ -133,19 +131,17 @@ def _apply(raw: dict[str, Any], override: str, where: dict[str, str]) -> None:
 def _change_name(section: str, content: dict[str, Any], name: Any) -> None:
     """Another name from the command line: an objective starts from its own defaults (a P_mean for ECT is none for EDM),
     a network keeps the settings that both kinds know."""
-    old, new = (
-        next((k for k in kinds(section) if n in get_args(k.model_fields["name"].annotation)), None)
-        for n in (content.get("name", DEFAULT_NAMES[section]), name)
-    )
+    by_name = dict(zip(names(section), kinds(section), strict=True))
+    old, new = (by_name.get(str(n)) for n in (content.get("name", DEFAULT_NAMES[section]), name))
     if old and new and old is not new:
-        kept = set(new.model_fields) if section == "network" else {"teacher"} & set(new.model_fields)
-        for key in [k for k in content if k in old.model_fields and k not in kept]:
-            del content[key]
+        kept = new.model_fields if section == "network" else {"teacher"} & new.model_fields.keys()
+        for key in old.model_fields.keys() - kept:
+            content.pop(key, None)
 
 
 def dump(cfg: Config) -> str:
     """The whole config as YAML, readable by load."""
-    sections = json.loads(cfg.model_dump_json())
+    sections = cfg.model_dump(mode="json")
     for section, values in sections.items():
         if "name" in values:
             sections[section] = {"name": values.pop("name"), **values}

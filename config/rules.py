@@ -1,7 +1,5 @@
 """Settings that are right alone and wrong together."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -15,12 +13,6 @@ def check(cfg: Config, place: Callable[[str], str]) -> None:
     """Raises ConfigError for the first rule that is broken; `place(key)` says where a key was set."""
     for key, message in itertools.chain(_data_and_network(cfg), _objective(cfg), _ema_samples_and_scores(cfg)):
         raise ConfigError(f"{place(key)}: {key}: {message}")
-
-
-def _images_of_a_pass(cfg: Config) -> int:
-    """On one device, as far as the config says."""
-    size = cfg.train.microbatch
-    return size if isinstance(size, int) else cfg.train.batch_size
 
 
 def _data_and_network(cfg: Config) -> Broken:
@@ -37,16 +29,13 @@ def _data_and_network(cfg: Config) -> Broken:
     if d.name in NEEDS_PATH and d.path is None:
         yield "data.path", f"data.name: {d.name} needs the path of your images"
     if d.name not in NEEDS_PATH and d.path is not None:
-        own = "for your own images set data.name to folder, zip or npz"
-        yield "data.path", f"data.name: {d.name} takes no path; {own}"
+        yield "data.path", f"data.name: {d.name} takes no path; for your own images set data.name to folder, zip or npz"
     if d.flip and d.augment > 0:
-        yield (
-            "data.flip",
-            "data.augment mirrors half of the images already, and tells the network; set data.flip: false",
-        )
+        mirrors = "mirrors half of the images already, and tells the network"
+        yield "data.flip", f"data.augment {mirrors}; set data.flip: false"
     if drops_labels and not d.conditional:
         yield "network.label_dropout", "there are no labels to drop; set data.conditional: true"
-    if t.batch_size % _images_of_a_pass(cfg) != 0:
+    if isinstance(t.microbatch, int) and t.batch_size % t.microbatch != 0:
         yield "train.microbatch", f"must divide train.batch_size ({t.batch_size})"
     if getattr(n, "pixel_norm", False) and not n.scale_shift_norm:
         yield "network.pixel_norm", "normalises AdaGN; set scale_shift_norm: true"
@@ -58,10 +47,10 @@ def _data_and_network(cfg: Config) -> Broken:
 
 
 def _objective(cfg: Config) -> Broken:
-    d, n, o, images = cfg.data, cfg.network, cfg.objective, _images_of_a_pass(cfg)
+    d, n, o, t = cfg.data, cfg.network, cfg.objective, cfg.train
     if o.name in ("edm", "trigflow") and n.precond == "cm":
-        made = "trains a denoiser, and its loss weight is made for edm and trigflow"
-        yield "network.precond", f"objective {o.name} {made}"
+        weight = "its loss weight is made for edm and trigflow"
+        yield "network.precond", f"objective {o.name} trains a denoiser, and {weight}"
     if o.name in ("sct", "scd") and n.precond != "trigflow":
         yield "network.precond", f"objective {o.name} needs trigflow"
     if getattr(o, "guidance", None) is not None and (not d.conditional or n.name == "mlp"):
@@ -69,8 +58,8 @@ def _objective(cfg: Config) -> Broken:
     if o.name == "pd" and o.N & (o.N - 1) != 0:
         yield "objective.N", "must be a power of two"
     if o.name == "tcm" and not n.sigma_min < o.t_prime < n.sigma_max:
-        between = f"network.sigma_min ({n.sigma_min}) and sigma_max ({n.sigma_max})"
-        yield "objective.t_prime", f"must lie between {between}"
+        yield "objective.t_prime", f"must lie between network.sigma_min ({n.sigma_min}) and sigma_max ({n.sigma_max})"
+    images = t.microbatch if isinstance(t.microbatch, int) else t.batch_size  # of a pass on one device
     if o.name == "cmt" and images % o.steps != 0:
         yield "objective.steps", f"must divide the images of a pass ({images})"
     if o.name in ("ct", "ict") and o.s1 < o.s0:

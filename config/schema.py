@@ -1,15 +1,14 @@
 """The settings of a run: their types, ranges, defaults and meaning."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+Dataset = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz"]
 NEEDS_PATH = ("imagenet9", "folder", "zip", "npz")  # datasets that data.path leads to
 DEFAULT_NAMES = {"network": "song_unet", "objective": "ect"}
 
@@ -51,12 +50,8 @@ Interval = _length(1)
 PathText = Annotated[str, AfterValidator(path_text)]
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """A part of the config: no unknown key, no silent conversion; the text under a key is its description."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
-    )
 
 
 class Run(Section):
@@ -80,9 +75,7 @@ class Run(Section):
 class Data(Section):
     """What it learns."""
 
-    name: Literal[
-        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz"
-    ] = "digits"  # fmt: skip
+    name: Dataset = "digits"
     """Dataset. digits come with scikit-learn; the next four are downloaded; those from imagenet9 on read data.path."""
     dir: PathText = "data"
     """Folder for downloads and caches."""
@@ -196,6 +189,24 @@ class MLP(Network):
     """Residual blocks, of two layers each."""
 
 
+class Distance(Section):
+    """The distance between the two outputs of a pair."""
+
+    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
+    """Distance d of the loss. lpips needs VGG16's weights."""
+    lpips_weights: PathText | None = None
+    """Local file with torchvision's VGG16 weights; null: downloaded."""
+    huber_c: NonNegative | None = None
+    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
+
+
+class Distilled(Section):
+    """What starts from a teacher."""
+
+    teacher: PathText
+    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
+
+
 class EDM(Section):
     """Denoising: trains a diffusion model, the teacher (Karras et al. 2022, 2206.00364)."""
 
@@ -206,23 +217,16 @@ class EDM(Section):
     """Standard deviation of ln sigma."""
 
 
-class CT(Section):
+class CT(Distance):
     """Consistency training with an EMA target (Song et al. 2023, 2303.01469)."""
 
     name: Literal["ct"]
-    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
-    """Distance d of the loss. lpips needs VGG16's weights."""
-    lpips_weights: PathText | None = None
-    """Local file with torchvision's VGG16 weights; null: downloaded."""
-    huber_c: NonNegative | None = None
-    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
     s0: int = Field(2, ge=2)
     """Noise levels N at the start."""
     s1: int = Field(150, ge=2)
     """Noise levels at the end, less one."""
     mu0: float = Field(0.9, gt=0, lt=1)
-    """Decay of the target network at the start. 0.9 is for 800,000 steps; in a few thousand that target lags too far
-    behind, and samples stay grey: take 0.01 there."""
+    """Decay of the target network at the start. 0.9 is for 800,000 steps; a few thousand stay grey with it: 0.01."""
     weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "uniform"
     """Weight of the loss by the student's signal-to-noise ratio; the paper's is uniform."""
 
@@ -263,12 +267,10 @@ class ECT(Section):
     """c of the pseudo-Huber distance."""
 
 
-class CD(Section):
+class CD(Distilled, Distance):
     """Consistency distillation of a teacher (Song et al. 2023, 2303.01469)."""
 
     name: Literal["cd"]
-    teacher: PathText
-    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
     guidance: NonNegative | None = None
     """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
     N: int = Field(18, ge=2)
@@ -277,12 +279,6 @@ class CD(Section):
     """Decay of the target network. 0: the target is the student."""
     solver: Literal["heun", "euler"] = "heun"
     """Solver of the teacher's step to the next level."""
-    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
-    """Distance d of the loss. lpips needs VGG16's weights."""
-    lpips_weights: PathText | None = None
-    """Local file with torchvision's VGG16 weights; null: downloaded."""
-    huber_c: NonNegative | None = None
-    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
     weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "uniform"
     """Weight of the loss by the student's signal-to-noise ratio; the paper's is uniform."""
 
@@ -297,26 +293,20 @@ class TrigFlow(Section):
     """Its standard deviation."""
 
 
-class SCT(Section):
+class SCT(TrigFlow):
     """Continuous-time consistency training, sCM (Lu & Song 2024, 2410.11081)."""
 
     name: Literal["sct"]
-    P_mean: float = -1.0
-    """Mean of ln sigma, sigma = sigma_data tan(t)."""
-    P_std: Positive = 1.4
-    """Its standard deviation."""
     warmup: Length = 10_000
     """H: steps, or a share of the run below 1, over which the tangent's second half grows in."""
     c: Positive = 0.1
     """The tangent is normalised as g / (|g| + c), |g| the L2 norm of the whole sample."""
 
 
-class SCD(SCT):
+class SCD(SCT, Distilled):
     """Continuous-time consistency distillation, sCM (Lu & Song 2024, 2410.11081)."""
 
     name: Literal["scd"]
-    teacher: PathText
-    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
     guidance: NonNegative | None = None
     """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
 
@@ -343,28 +333,20 @@ class TCM(Section):
     """c of the pseudo-Huber distance."""
 
 
-class CMT(Section):
+class CMT(Distilled, Distance):
     """Mid-training on the teacher's trajectories, before ECT (Hu et al. 2025, 2509.24526)."""
 
     name: Literal["cmt"]
-    teacher: PathText
-    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
     steps: int = Field(16, ge=2)
     """Points of a trajectory: steps of DPM-Solver++(2M), even in ln sigma. Divides the images of a pass."""
     metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
     """Distance to the trajectory's end. lpips, the paper's, needs VGG16's weights; images are not resized for it."""
-    lpips_weights: PathText | None = None
-    """Local file with torchvision's VGG16 weights; null: downloaded."""
-    huber_c: NonNegative | None = None
-    """c of pseudo_huber. null: 0.00054 sqrt(d), d the elements of a sample."""
 
 
-class PD(Section):
+class PD(Distilled):
     """Progressive distillation, the baseline (Salimans & Ho 2022, 2202.00512)."""
 
     name: Literal["pd"]
-    teacher: PathText
-    """Checkpoint of the teacher, a diffusion model; the student starts from it unless train.init_from is set."""
     N: int = Field(512, ge=2)
     """Intervals of the student's first grid, a power of two; halved to 1 in equal parts of the run."""
     weighting: Literal["uniform", "snr", "snr+1", "karras", "truncated-snr"] = "truncated-snr"
@@ -454,8 +436,7 @@ class Metrics(Section):
     num: int = Field(50_000, ge=100)
     """Samples to score."""
     every: Length = 0
-    """Steps, or a share of the run below 1, between scores in training; the best weights are kept as best.ckpt.
-    0: only at the end."""
+    """Steps, or a share of the run below 1, between scores; the best weights become best.ckpt. 0: only at the end."""
     at_end: bool = True
     """Score when training ends."""
 
@@ -465,10 +446,10 @@ class Config(Section):
 
     run: Run = Field(default_factory=Run)
     data: Data = Field(default_factory=Data)
-    network: Annotated[SongUNet | DhariwalUNet | MLP, Field(discriminator="name")] = Field(default_factory=SongUNet)
-    objective: Annotated[
-        EDM | CT | ICT | ECT | CD | TrigFlow | SCT | SCD | TCM | CMT | PD, Field(discriminator="name")
-    ] = Field(default_factory=ECT)
+    network: SongUNet | DhariwalUNet | MLP = Field(default_factory=SongUNet, discriminator="name")
+    objective: EDM | CT | ICT | ECT | CD | TrigFlow | SCT | SCD | TCM | CMT | PD = Field(
+        default_factory=ECT, discriminator="name"
+    )
     ema: Ema = Field(default_factory=Ema)
     train: Train = Field(default_factory=Train)
     sample: Sample = Field(default_factory=Sample)

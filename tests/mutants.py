@@ -409,7 +409,7 @@ MUTANTS = [
     Mutant(
         "grid-from-raw-weights", "training/trainer.py",
         "step.emas[0].module,", "step.model,",
-        "raw weights sampled in training", "trainer:average",
+        "raw weights sampled in training", "trainer generate",
     ),
     Mutant(
         "raw-weights-loaded", "checkpoints/state.py",
