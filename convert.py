@@ -4,10 +4,11 @@ python convert.py import SRC DST [--arch FILE.json]
 python convert.py export CKPT DIR --to diffusers|safetensors|onnx
 """
 
+import argparse
 import sys
 
 from checkpoints import formats
-from config import Arguments, ConfigError, path_text
+from config import Arguments, ConfigError, exit_code, path_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,19 +25,19 @@ def main(argv: list[str] | None = None) -> int:
     add.add_argument("target", type=path_text, metavar="DIR", help="a new folder")
     add.add_argument("--to", required=True, choices=tuple(formats.EXPORTS), help="what to write")
     args = parser.parse_args(argv)
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert as the command asks."""
     try:
         if args.command == "import":
             lines = formats.import_checkpoint(args.source, args.target, args.arch)
         else:
             lines = formats.export_checkpoint(args.source, args.target, args.to)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        print(f"{args.target}: cannot be written: {' '.join(str(error).split())[:200]}", file=sys.stderr)
-        return 2
+        raise ConfigError(f"{args.target}: cannot be written: {' '.join(str(error).split())[:200]}") from None
     print("\n".join(lines))
-    return 0
 
 
 if __name__ == "__main__":

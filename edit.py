@@ -42,27 +42,14 @@ def main(argv: list[str] | None = None) -> int:
     # --input takes what follows it, settings too.
     settings = [text for text in args.input if re.match(r"\w+\.\w+=", text)]
     args.input = [text for text in args.input if text not in settings]
-    try:
-        check_options(args)
-        return run(args, config.load(args.cfg, args.overrides + settings))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (OSError, MemoryError) as error:
-        print(config.machine_failure(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    args.overrides += settings
+    return config.exit_code(lambda: run(args))
 
 
 def arguments() -> config.Arguments:
     """The command's options."""
-    parser = config.Arguments(
-        description="Edit pictures with a trained model.",
-        epilog="tasks: " + "; ".join(f"{name}: {what}" for name, (what, _, _) in TASKS.items()),
-        allow_abbrev=False,
-    )
+    tasks = "tasks: " + "; ".join(f"{name}: {what}" for name, (what, _, _) in TASKS.items())
+    parser = config.Arguments(description="Edit pictures with a trained model.", epilog=tasks, allow_abbrev=False)
     add, path = parser.add_argument, config.path_text
     add("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     add("--cfg", type=path, required=True, metavar="FILE", help="settings of the run: its own config.yml")
@@ -70,21 +57,13 @@ def arguments() -> config.Arguments:
     pictures = "pictures or folders of them; interpolate takes two"
     add("--input", type=path, required=True, nargs="+", metavar="FILE", help=pictures)
     add("--out", type=path, required=True, metavar="DIR", help="new folder for the results and strips")
-    add(
-        "--mask",
-        type=path,
-        metavar="FILE|x0,y0,x1,y1",
-        help="inpaint: what to fill in. A black and white image: the white; a drawing on a transparent or a plain "
-        "coloured ground: every stroke; or a box in the input's pixels, right and bottom edge not included",
-    )
+    covered = "inpaint: what to fill in. A black and white image: the white; a drawing on a transparent or a plain "
+    covered += "coloured ground: every stroke; or a box in the input's pixels, right and bottom edge not included"
+    add("--mask", type=path, metavar="FILE|x0,y0,x1,y1", help=covered)
     add("--factor", type=count, metavar="N", help="superres: how many times smaller, in each direction")
-    add(
-        "--sigma",
-        type=float,
-        metavar="S",
-        help="denoise: the noise level, with pixels in [-1, 1] [estimated]; stroke, interpolate: how much noise hides "
-        "the input, more changes more [5.38 for 256 pixels, less for fewer, at least sigma_data]",
-    )
+    start = "denoise: the noise level, with pixels in [-1, 1] [estimated]; stroke, interpolate: how much noise hides "
+    start += "the input, more changes more [5.38 for 256 pixels, less for fewer, at least sigma_data]"
+    add("--sigma", type=float, metavar="S", help=start)
     levels = parser.add_mutually_exclusive_group().add_argument
     levels("--steps", type=evaluations, metavar="S", help="evaluations a result [40; stroke, interpolate 3, denoise 1]")
     levels("--sigmas", type=numbers, metavar="80,20,...", help="the noise levels of the evaluations instead")
@@ -121,20 +100,19 @@ class Problem:
     constraint: Constraint | None  # what is kept of x; None where nothing is exact
 
 
-def run(args: argparse.Namespace, cfg: Config) -> int:
-    """Edit as the command asks; its exit code."""
+def run(args: argparse.Namespace) -> None:
+    """Edit as the command asks."""
+    check_options(args)
+    cfg = config.load(args.cfg, args.overrides)
     import torch  # after the arguments and the config are known to be right: a typo is answered at once
 
-    import checkpoints
     import data
     from metrics import pictures
     from training.devices import pick_device
 
     paths = input_files(args)
     device = pick_device(cfg.run.device)
-    state = checkpoints.load(args.ckpt)
-    choices.check_network(cfg, checkpoints.config_of(state, args.ckpt), args.ckpt)
-    model = checkpoints.model_from(state, args.ckpt, args.ema).to(device)
+    model, _ = choices.trained_model(args, cfg, device)
     check_model(args, model)
     num = args.num or TASKS[args.task][1]
     classes = chosen_classes(args, num, model)
@@ -159,7 +137,6 @@ def run(args: argparse.Namespace, cfg: Config) -> int:
     total, steps = num * len(jobs), len(problems[0].sigmas)
     print(f"{args.task}: {total} results, {steps} evaluations each, seed {args.seed}: {seconds:.1f} s on {device}")
     print(f"written: {out}; strips show {columns}")
-    return 0
 
 
 def input_files(args: argparse.Namespace) -> list[Path]:
@@ -188,9 +165,8 @@ def check_model(args: argparse.Namespace, model: Preconditioner) -> None:
     side, factor = model.img_resolution, args.factor
     if args.task == "superres" and (factor < 2 or side % factor):
         fits = ", ".join(str(n) for n in range(2, side + 1) if side % n == 0)
-        raise ConfigError(
-            f"--factor: {factor} does not divide the model's {side} pixels into blocks; choose one of {fits}"
-        )
+        what = f"does not divide the model's {side} pixels into blocks"
+        raise ConfigError(f"--factor: {factor} {what}; choose one of {fits}")
 
 
 def chosen_classes(args: argparse.Namespace, num: int, model: Preconditioner) -> torch.Tensor | None:
@@ -241,9 +217,9 @@ def noise_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: P
     from sampler import karras_sigmas
     from sampling import editing, plan
 
-    low, high = plan.lowest_level(cfg), cfg.network.sigma_max
     if args.sigmas is not None:
         return choices.chosen_levels(args, cfg)[0]
+    low, high = plan.lowest_level(cfg), cfg.network.sigma_max
     if args.sigma is not None:
         if not low < args.sigma <= high:
             raise ConfigError(f"--sigma: {args.sigma} is outside what the network was trained for ({low} to {high})")
@@ -262,13 +238,12 @@ def noise_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: P
 
 
 def solve(
-    args: argparse.Namespace,
-    problems: list[Problem],  # one; two for interpolate
-    model: Preconditioner,
-    num: int,
-    classes: torch.Tensor | None,  # int64 (num,)
+    args: argparse.Namespace, problems: list[Problem], model: Preconditioner, num: int, classes: torch.Tensor | None
 ) -> torch.Tensor:
-    """The results (num, C, R, R), float32 in [-1, 1]. Result i of a seed has the same noise whatever the input."""
+    """The results (num, C, R, R), float32 in [-1, 1]. Result i of a seed has the same noise whatever the input.
+
+    problems: one, or two to interpolate between; classes: int64 (num,).
+    """
     import torch
 
     from objectives.draws import sample_noise
@@ -281,11 +256,11 @@ def solve(
     def noise(stream: str) -> torch.Tensor:
         return sample_noise(args.seed, [0] if together else range(num), shape, stream).to(device)
 
-    def noise_at(i: int) -> torch.Tensor:
-        return noise(f"step {i}").expand(num, *shape)
-
-    told = model.codec.told(classes, first.x)
-    settings: dict[str, Any] = {"noise_at": noise_at, "sigma_min": model.sigma_min, **told}
+    settings: dict[str, Any] = {
+        "noise_at": lambda i: noise(f"step {i}").expand(num, *shape),
+        "sigma_min": model.sigma_min,
+    }
+    settings |= model.codec.told(classes, first.x)
     if first.constraint:
         # Algorithm 4 starts at y + sigma z, y what is seen of the input: it matters where the first level is low.
         z = noise("start") + editing.visible(first.x, first.constraint) / first.sigmas[0]
@@ -294,7 +269,7 @@ def solve(
         x = editing.stroke(model, first.x, first.sigmas, noise("start"), **settings)
     elif args.task == "denoise":
         x = editing.denoise(model, first.x.expand(num, *shape), first.sigmas, **settings)
-    else:
+    else:  # interpolate
         z = sample_noise(args.seed, [0, 1], shape).to(device)
         weights = torch.linspace(0, 1, num, device=device)
         x = editing.interpolate(model, first.x, problems[1].x, weights, first.sigmas, z, **settings)
@@ -330,14 +305,13 @@ def read(path: Path, resolution: int, channels: int) -> torch.Tensor:
         pixels = torch.from_numpy(files.decode(0).copy())
     except BrokenImage as error:
         raise ConfigError(f"--input: {path} cannot be read ({error})") from None
-    done = []
-    if image.width != image.height:
-        done.append("cropped to its central square")
-    if min(image.size) != resolution:
-        done.append(f"resized to {resolution} x {resolution}")
-    if image.mode != (mode := "L" if channels == 1 else "RGB"):
-        done.append(f"{image.mode} made {'grey' if mode == 'L' else mode}")
-    if done:
+    mode, colours = ("L", "grey") if channels == 1 else ("RGB", "RGB")
+    changes = {
+        "cropped to its central square": image.width != image.height,
+        f"resized to {resolution} x {resolution}": min(image.size) != resolution,
+        f"{image.mode} made {colours}": image.mode != mode,
+    }
+    if done := [change for change, needed in changes.items() if needed]:
         print(f"{path}: {image.width} x {image.height} pixels, {', '.join(done)}")
     return pixels
 
@@ -348,6 +322,8 @@ def mask(text: str, size: tuple[int, int], resolution: int) -> torch.Tensor:
     It is cropped and resized with the input; a pixel of the model's that holds any of the mask is filled in.
     """
     import torch
+
+    from sources.images import fit_resolution
 
     if re.fullmatch(r"\d+(,\d+){3}", text):
         x0, y0, x1, y1 = map(int, text.split(","))
@@ -364,10 +340,7 @@ def mask(text: str, size: tuple[int, int], resolution: int) -> torch.Tensor:
                 f"--mask: {text} is {width} x {height} pixels and the input {size[0]} x {size[1]}: draw it in the "
                 f"input's shape, or in the model's ({resolution} x {resolution})"
             )
-    height, width = fill.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = fill[None, top : top + side, left : left + side].float()
+    square = fit_resolution(fill[None, None], None)[0].float()
     fill = torch.nn.functional.adaptive_max_pool2d(square, resolution)[0] > 0
     covered = int(fill.sum())
     if covered in (0, fill.numel()):

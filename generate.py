@@ -31,21 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         if words[i] == "--calc_fid" and "=" in words[i + 1]:  # a setting follows, which is no value of this flag
             words[i] = "--calc_fid=true"
     args = arguments().parse_intermixed_args(words)
-    try:
-        check(args)
-        return run(args, config.load(args.cfg, args.overrides))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except config.RunFailed as error:
-        print(error, file=sys.stderr)
-        return 1
-    except (OSError, MemoryError) as error:
-        print(config.machine_failure(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command with --out FOLDER goes on with samples kept as png or npz", file=sys.stderr)
-        return 130
+    stopped = "stopped; the same command with --out FOLDER goes on with samples kept as png or npz"
+    return config.exit_code(lambda: run(args), stopped)
 
 
 def arguments() -> config.Arguments:
@@ -108,19 +95,23 @@ def yes(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def run(args: argparse.Namespace, cfg: Config) -> int:
+def run(args: argparse.Namespace) -> int:
     """Do what the command asks on its devices; its exit code."""
+    check(args)
+    cfg = config.load(args.cfg, args.overrides)
     import torch.distributed as dist
 
     from metrics import scores
     from training import devices
 
     devices.start_ranks()
-    device, (rank, world) = devices.pick_device(cfg.run.device), devices.rank_and_world()
+    device = devices.pick_device(cfg.run.device)
     try:
         if args.samples is None:
-            return run_checkpoint(args, cfg, device, rank, world)
-        return judge_given(args, cfg, device) if rank == 0 else 0
+            run_checkpoint(args, cfg, device)
+        elif devices.rank_and_world()[0] == 0:
+            judge_given(args, cfg, device)
+        return 0
     except scores.ScoreError as error:
         print(f"no score: {error}", file=sys.stderr)
         return 1
@@ -129,19 +120,18 @@ def run(args: argparse.Namespace, cfg: Config) -> int:
             dist.destroy_process_group()
 
 
-def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device, rank: int, world: int) -> int:
+def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) -> None:
     """What the command asks for, with samples of a checkpoint."""
-    import checkpoints
     from sampling import search
     from sampling.drawing import Drawing
     from sampling.samples import samples_of
+    from training.devices import rank_and_world
 
-    state = checkpoints.load(args.ckpt)
-    choices.check_network(cfg, checkpoints.config_of(state, args.ckpt), args.ckpt)
-    model = checkpoints.model_from(state, args.ckpt, args.ema).to(device)
+    rank, world = rank_and_world()
+    model, step = choices.trained_model(args, cfg, device)
     kind = samples_of(model.codec)
     if rank > 0 and (args.search_sigmas or args.sweep):
-        return 0
+        return
     training_set = functools.cache(lambda: kind.training_set(cfg))
     num, given, format = kind.asked(args, cfg, training_set)
     sigmas, solver = choices.chosen_levels(args, cfg, rank=rank)
@@ -149,24 +139,25 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device, 
     # Read before the sampling: what is missing is said now.
     dataset = training_set() if rank == 0 and kind.needs_set(args, cfg) else None
     if args.search_sigmas:
-        search.search(drawing, args.search_sigmas, cfg, dataset, device, search.store(args.ckpt), state["step"])
-        return 0
+        search.search(drawing, args.search_sigmas, cfg, dataset, device, search.store(args.ckpt), step)
+        return
     if args.sweep:
         plans = {steps: choices.chosen_levels(args, cfg, steps) for steps in args.sweep}
         search.sweep(drawing, plans, cfg, dataset, device, choices.new_folder(args, cfg) / "sweep.png")
-        return 0
-    samples, out = keep(drawing, args, cfg, kind, format, rank, world)
-    if rank == 0:
-        print(kind.said(drawing, out, str(device) if world == 1 else f"each of {world} x {device.type}"))
-        if args.calc_fid:
-            found = kind.score(samples, given, dataset, cfg, device)
-            print(f"score at {drawing.nfe} NFE: {kind.describe(found, cfg, kind.to_score(num, dataset))}")
-        if args.nearest:
-            show_nearest(samples, dataset, device, out / "nearest.png")
-    return 0
+        return
+    out = keep(drawing, args, cfg, kind, format)
+    if rank > 0:
+        return
+    samples = kind.kept(drawing, out, format, cfg)
+    print(kind.said(drawing, out, str(device) if world == 1 else f"each of {world} x {device.type}"))
+    if args.calc_fid:
+        found = kind.score(samples, given, dataset, cfg, device)
+        print(f"score at {drawing.nfe} NFE: {kind.describe(found, cfg, kind.to_score(num, dataset))}")
+    if args.nearest:
+        show_nearest(samples, dataset, device, out / "nearest.png")
 
 
-def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> int:
+def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> None:
     """Score images made elsewhere, by the same code. One rank does it."""
     import data
     from metrics import scores
@@ -183,16 +174,14 @@ def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> 
         print(f"score: {scores.describe(found, cfg.metrics, len(images))}")
     if out:
         show_nearest(images, dataset, device, out / "nearest.png")
-    return 0
 
 
-def keep(
-    drawing: Drawing, args: argparse.Namespace, cfg: Config, kind: Samples, format: str, rank: int, world: int
-) -> tuple[Any, Path]:
-    """Draw the samples and write them as the command asks; (the samples, on rank 0; their folder), by all ranks."""
+def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config, kind: Samples, format: str) -> Path:
+    """Draw the samples, by all ranks, and write them as the command asks; their folder."""
     from sampling import shards
-    from training.devices import from_rank_0, wait_for_all
+    from training.devices import from_rank_0, rank_and_world, wait_for_all
 
+    rank, world = rank_and_world()
     out, missing = from_rank_0(shards.begin(args, cfg, drawing, format) if rank == 0 else None)
     for start in missing[rank::world]:
         stop = min(start + shards.SHARD, drawing.num)
@@ -201,7 +190,7 @@ def keep(
         if rank == 0 and drawing.num > shards.SHARD:
             print(f"samples to {stop:,} of {drawing.num:,}  {drawing.speed()}", flush=True)
     wait_for_all()
-    return (kind.kept(drawing, out, format, cfg) if rank == 0 else None), out
+    return out
 
 
 def show_nearest(images: Any, dataset: ImageSet, device: torch.device, path: Path, shown: int = 64) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -70,20 +69,28 @@ def dpm_solver_trajectory(
     sigma_max: float = 80.0,
     **conditions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The probability-flow ODE by DPM-Solver++(2M), even in ln sigma (2211.01095 alg. 2).
+    """The probability-flow ODE by multistep DPM-Solver++ of order 3, even in ln sigma (2211.01095 app. B, alg. 2).
 
-    Returns the points it visits (steps, B, ...), their noise levels (steps,) descending, and its end (B, ...).
+    The order rises from 1 and falls to 1 again at the end ("lower_order_final"): 1, 2, 3, ..., 3, 2, 1. Returns the
+    points it visits (steps, B, ...), their noise levels (steps,) descending, float64, and its end (B, ...).
     """
-    sigmas = torch.exp(torch.linspace(math.log(sigma_max), math.log(sigma_min), steps + 1, dtype=torch.float64))
-    points, D_before = [], None
-    for sigma, lower in itertools.pairwise(sigmas.tolist()):
+    h = math.log(sigma_max / sigma_min) / steps
+    sigmas = [sigma_max * math.exp(-h * i) for i in range(steps)]
+    phi_1 = math.expm1(-h)
+    phi_2 = phi_1 / h + 1
+    phi_3 = phi_2 / h - 0.5
+    points, D = [], []  # D: of the last three points, newest first
+    for i, sigma in enumerate(sigmas):
         points.append(x)
-        D = model(x, _level(sigma, x), **conditions)
-        # Even steps in ln sigma: the slope of D over the last step carries into the next one.
-        ahead = D if D_before is None else D + (D - D_before) / 2
-        x = torch.lerp(ahead, x, lower / sigma)
-        D_before = D
-    return torch.stack(points), sigmas[:-1], x
+        D = [model(x, _level(sigma, x), **conditions), *D[:2]]
+        order = min(i + 1, 3, steps - i)
+        x = math.exp(-h) * x - phi_1 * D[0]
+        if order == 2:
+            x = x - 0.5 * phi_1 * (D[0] - D[1])
+        elif order == 3:
+            first, bend = D[0] - D[1], D[0] - 2 * D[1] + D[2]
+            x = x + phi_2 * (first + bend / 2) - phi_3 * bend / 2
+    return torch.stack(points), torch.tensor(sigmas, dtype=torch.float64), x
 
 
 def _level(sigma: float, z: torch.Tensor) -> torch.Tensor:

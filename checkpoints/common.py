@@ -57,7 +57,8 @@ def defaults(name: str) -> dict[str, Any]:
     parameters = inspect.signature(networks.NETWORKS[name]).parameters.values()
     given = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in parameters}
     sizes = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim")
-    return {"name": name, **{key: value for key, value in given.items() if key not in sizes}}
+    settings = {key: value for key, value in given.items() if key not in sizes}
+    return {"name": name, **settings, "label_dropout": 0.0}  # which is training's to do
 
 
 def layer_names(

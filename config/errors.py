@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -26,8 +27,7 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the command line and exit with code 2."""
-        print(f"{self.prog}: {printable(message)}; --help shows what there is", file=sys.stderr)
-        sys.exit(2)
+        self.exit(2, f"{self.prog}: {printable(message)}; --help shows what there is\n")
 
 
 def machine_failure(error: OSError | MemoryError) -> str:
@@ -35,3 +35,19 @@ def machine_failure(error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return "the memory of this machine is full"
     return printable(f"{error.filename or 'a file'}: {error.strerror or error}")
+
+
+def exit_code(command: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Run a command; its exit code, 0 for None. Bad input is said in one line: 2; a failure: 1; Ctrl-C: 130."""
+    try:
+        return command() or 0
+    except ConfigError as error:
+        line, code = str(error), 2
+    except RunFailed as error:
+        line, code = str(error), 1
+    except (OSError, MemoryError) as error:
+        line, code = machine_failure(error), 1
+    except KeyboardInterrupt:
+        line, code = stopped, 130
+    print(line, file=sys.stderr)
+    return code

@@ -1,5 +1,6 @@
 """Config files and overrides in, a checked Config out; and back to YAML."""
 
+import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from config import rules
 from config.errors import ConfigError
-from config.messages import explain, one_line
-from config.schema import DEFAULT_NAMES, Config, kinds, names
+from config.schema import DEFAULT_NAMES, Config, kinds
 
 MAX_TEXT = 1_000_000  # characters of a config file
 GIVES_WAY = {"ema": ("half_life_kimg", "decay"), "objective": ("stage", "double_kimg")}  # where only the first is given
@@ -19,28 +19,13 @@ STAGE = {"stage": "double_kimg", "double_kimg": "stage"}  # one on the command l
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number (YAML 1.1 reads a string) and refuses a key given twice."""
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 reads a string) and refuses references."""
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them unfold to more than any memory
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="references (*name) are not read here", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a name", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    def fetch_alias(self) -> None:  # a few lines of them unfold to more than any memory
+        raise yaml.MarkedYAMLError(problem="references (*name) are not read here", problem_mark=self.get_mark())
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), None)
 # str() refuses a hexadecimal of more digits than any message could show.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(loader.construct_yaml_int(node))))
 
@@ -68,7 +53,7 @@ def parse(raw: dict[str, Any], place: Callable[[str], str] = lambda key: "config
     try:
         cfg = Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(explain(error, place)) from None
+        raise ConfigError(_explain(error, place)) from None
     rules.check(cfg, place)
     return cfg
 
@@ -82,27 +67,35 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             raise ValueError(f"it is longer than {MAX_TEXT:,} characters")
         loader = _Loader(text)
         node = loader.get_single_node()
+        where = _places(node, path)
         raw = loader.construct_document(node) if node else None
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{path}: there is no such file; try config.yml or one of configs/*.yml") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: this is no text file in UTF-8") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
+        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {one_line(getattr(error, 'problem', error))}") from None
-    if raw is None:
-        return {}, {}
-    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}{line}: not valid YAML: {_one_line(getattr(error, 'problem', error))}") from None
+    if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected sections such as 'train:', found {type(raw).__name__}")
+    return raw or {}, where
+
+
+def _places(node: yaml.Node | None, path: Path, above: str = "") -> dict[str, str]:
+    """The file:line of each section and section.key of a file; refuses a key given twice."""
     where = {}
-    for section, values in node.value:
-        where[section.value] = f"{path}:{section.start_mark.line + 1}"
-        for key, _ in values.value if isinstance(values, yaml.MappingNode) else ():
-            where[f"{section.value}.{key.value}"] = f"{path}:{key.start_mark.line + 1}"
-    return raw, where
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = f"{above}{key.value}"
+        if not isinstance(key, yaml.ScalarNode) or name in where:
+            problem = f"{key.value} is given twice" if name in where else "a key must be a name"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        where[name] = f"{path}:{key.start_mark.line + 1}"
+        if not above:
+            where |= _places(value, path, f"{name}.")
+    return where
 
 
 def _apply(raw: dict[str, Any], override: str, where: dict[str, str]) -> None:
@@ -114,16 +107,14 @@ def _apply(raw: dict[str, Any], override: str, where: dict[str, str]) -> None:
     try:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"command line: {section}.{key}: {text!r} is not valid YAML ({one_line(error)})") from None
-    content = raw.setdefault(section, {})
-    if content is None:
-        content = raw[section] = {}
+        raise ConfigError(f"command line: {section}.{key}: {text!r} is not valid YAML ({_one_line(error)})") from None
+    content = raw[section] = {} if raw.get(section) is None else raw[section]
     if not isinstance(content, dict):
         raise ConfigError(f"{where.get(section, 'config')}: {section}: expected keys and values below it")
     if key == "name" and section in DEFAULT_NAMES:
         _change_name(section, content, value)
-    if value is not None and where.get(f"{section}.{STAGE.get(key)}") != "command line":
-        content.pop(STAGE.get(key), None)
+    if key in STAGE and value is not None and where.get(f"{section}.{STAGE[key]}") != "command line":
+        content.pop(STAGE[key], None)
     content[key] = value
     where[f"{section}.{key}"] = "command line"
 
@@ -131,8 +122,7 @@ def _apply(raw: dict[str, Any], override: str, where: dict[str, str]) -> None:
 def _change_name(section: str, content: dict[str, Any], name: Any) -> None:
     """Another name from the command line: an objective starts from its own defaults (a P_mean for ECT is none for EDM),
     a network keeps the settings that both kinds know."""
-    by_name = dict(zip(names(section), kinds(section), strict=True))
-    old, new = (by_name.get(str(n)) for n in (content.get("name", DEFAULT_NAMES[section]), name))
+    old, new = (kinds(section).get(str(n)) for n in (content.get("name", DEFAULT_NAMES[section]), name))
     if old and new and old is not new:
         kept = new.model_fields if section == "network" else {"teacher"} & new.model_fields.keys()
         for key in old.model_fields.keys() - kept:
@@ -157,3 +147,62 @@ def first_difference(a: BaseModel, b: BaseModel, ignore: frozenset[str] = frozen
             if name not in ignore and left[section].get(key) != right[section].get(key):
                 return f"{name} is {left[section].get(key)!r} there and {right[section].get(key)!r} here"
     return None
+
+
+def _explain(error: ValidationError, place: Callable[[str], str]) -> str:
+    """One line for the first thing that is wrong; `place(key)` says where a key was set."""
+    first = error.errors(include_url=False)[0]
+    # A union's error names the member (network.song_unet.x): users write network.x.
+    loc = [str(part) for part in first["loc"]]
+    if len(loc) > 1 and loc[0] in DEFAULT_NAMES and loc[1] in kinds(loc[0]):
+        del loc[1]
+    kind, value = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        said = "there is no such setting" + _nearest(loc)
+    elif kind == "union_tag_invalid":
+        name = str(value["name"])
+        said = f"there is no {name!r}{_did_you_mean(name, list(kinds(loc[0])))}"
+        loc.append("name")
+    elif kind == "literal_error":
+        allowed = first["ctx"]["expected"]
+        guess = _did_you_mean(str(value), re.findall(r"'([^']+)'", allowed))
+        said = f"{_short(value)} is not one of {allowed}{guess if 'did you' in guess else ''}"
+    elif kind in ("model_type", "model_attributes_type", "dict_type"):
+        said = f"expected keys and values below it, found {_short(value)}"
+    else:
+        said = f"{first['msg'][0].lower()}{first['msg'][1:]}, found {_short(value)}"
+    return f"{place('.'.join(loc[:2]))}: {'.'.join(loc)}: {said}"
+
+
+def _nearest(loc: list[str]) -> str:
+    """A hint for an unknown key: the nearest of its section, or the same name in another section."""
+    if len(loc) == 1:
+        return _did_you_mean(loc[0], list(Config.model_fields))
+    section, key = loc[0], loc[1]
+    fields = {f for kind in kinds(section).values() for f in kind.model_fields}
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
+    if key in fields:
+        owners = [name for name, kind in kinds(section).items() if key in kind.model_fields]
+        return f" for this {section}.name (it belongs to {', '.join(owners)})"
+    if near:
+        return f"; did you mean {section}.{near[0]}?"
+    for other in Config.model_fields:
+        if any(key in kind.model_fields for kind in kinds(other).values()):
+            return f"; did you mean {other}.{key}?"
+    return f"; {section} has: {', '.join(sorted(fields))}"
+
+
+def _did_you_mean(word: str, choices: list[str]) -> str:
+    swapped = [choice for choice in choices if sorted(choice) == sorted(word)]  # itc is ict before it is tcm
+    near = swapped or difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; choose one of {', '.join(choices)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: object) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(error).split())

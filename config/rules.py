@@ -35,6 +35,8 @@ def _data_and_network(cfg: Config) -> Broken:
         yield "data.flip", f"data.augment {mirrors}; set data.flip: false"
     if drops_labels and not d.conditional:
         yield "network.label_dropout", "there are no labels to drop; set data.conditional: true"
+    if drops_labels and hasattr(o, "teacher"):
+        yield "network.label_dropout", f"objective {o.name} asks a teacher with the same labels; set it to 0"
     if isinstance(t.microbatch, int) and t.batch_size % t.microbatch != 0:
         yield "train.microbatch", f"must divide train.batch_size ({t.batch_size})"
     if getattr(n, "pixel_norm", False) and not n.scale_shift_norm:

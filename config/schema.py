@@ -48,6 +48,8 @@ Count = Annotated[int, Field(ge=1)]
 Length = _length(0)
 Interval = _length(1)
 PathText = Annotated[str, AfterValidator(path_text)]
+Mean = Annotated[float, Field(description="Mean of ln sigma (ECT writes t).")]
+Std = Annotated[float, Field(gt=0, description="Standard deviation of ln sigma.")]
 
 
 class Section(BaseModel, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True):
@@ -193,7 +195,7 @@ class Distance(Section):
     """The distance between the two outputs of a pair."""
 
     metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
-    """Distance d of the loss. lpips needs VGG16's weights."""
+    """Distance d of the loss. lpips (CMT's in its paper) needs VGG16's weights; images are not resized for it."""
     lpips_weights: PathText | None = None
     """Local file with torchvision's VGG16 weights; null: downloaded."""
     huber_c: NonNegative | None = None
@@ -211,10 +213,8 @@ class EDM(Section):
     """Denoising: trains a diffusion model, the teacher (Karras et al. 2022, 2206.00364)."""
 
     name: Literal["edm"]
-    P_mean: float = -1.2
-    """Mean of ln sigma."""
-    P_std: Positive = 1.2
-    """Standard deviation of ln sigma."""
+    P_mean: Mean = -1.2
+    P_std: Std = 1.2
 
 
 class CT(Distance):
@@ -231,7 +231,15 @@ class CT(Distance):
     """Weight of the loss by the student's signal-to-noise ratio; the paper's is uniform."""
 
 
-class ICT(Section):
+class Neighbours(Section):
+    """What methods share that compare one network's outputs at two near noise levels."""
+
+    difference: Literal["auto", "two_passes", "forward_mode"] = "auto"
+    """How the outputs' difference is taken: two passes, or its derivative by one pass in forward mode at the midpoint,
+    which half precision cannot drown. auto: forward_mode in half precision where the pair is near."""
+
+
+class ICT(Neighbours):
     """Improved consistency training (Song & Dhariwal 2023, 2310.14189)."""
 
     name: Literal["ict"]
@@ -241,13 +249,11 @@ class ICT(Section):
     """Intervals N - 1 between noise levels at the start."""
     s1: int = Field(1280, ge=2)
     """Intervals at the end."""
-    P_mean: float = -1.1
-    """Mean of ln sigma of the pairs."""
-    P_std: Positive = 2.0
-    """Its standard deviation."""
+    P_mean: Mean = -1.1
+    P_std: Std = 2.0
 
 
-class ECT(Section):
+class ECT(Neighbours):
     """Easy consistency tuning (Geng et al. 2024, 2406.14548)."""
 
     name: Literal["ect"] = "ect"
@@ -259,10 +265,8 @@ class ECT(Section):
     """Instead of stage: its length in thousands of images. null, and no stage: one stage, held to the end."""
     mapping: Literal["sigmoid", "const"] = "sigmoid"
     """n(t) in r = t (1 - n(t) / q^(stage+1)): 1 + 8 sigmoid(-t), or 1."""
-    P_mean: float = -1.1
-    """Mean of ln t."""
-    P_std: Positive = 2.0
-    """Its standard deviation."""
+    P_mean: Mean = -1.1
+    P_std: Std = 2.0
     huber_c: NonNegative = 0.0
     """c of the pseudo-Huber distance."""
 
@@ -284,13 +288,11 @@ class CD(Distilled, Distance):
 
 
 class TrigFlow(Section):
-    """Diffusion training in TrigFlow's clock: the start of sCM (Lu & Song 2024, 2410.11081)."""
+    """Diffusion training in TrigFlow's clock, tan(t) = sigma/sigma_data: start of sCM (Lu & Song 2024, 2410.11081)."""
 
     name: Literal["trigflow"]
-    P_mean: float = -1.0
-    """Mean of ln sigma, sigma = sigma_data tan(t)."""
-    P_std: Positive = 1.4
-    """Its standard deviation."""
+    P_mean: Mean = -1.0
+    P_std: Std = 1.4
 
 
 class SCT(TrigFlow):
@@ -331,6 +333,8 @@ class TCM(Section):
     """Scale of that distribution."""
     huber_c: NonNegative = 0.0
     """c of the pseudo-Huber distance."""
+    weighting: Literal["gap", "c_out"] = "gap"
+    """Weight of the loss: 1 / (t - r), or 1 / c_out(t)^2, the original's on ImageNet."""
 
 
 class CMT(Distilled, Distance):
@@ -339,8 +343,6 @@ class CMT(Distilled, Distance):
     name: Literal["cmt"]
     steps: int = Field(16, ge=2)
     """Points of a trajectory: steps of DPM-Solver++(2M), even in ln sigma. Divides the images of a pass."""
-    metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
-    """Distance to the trajectory's end. lpips, the paper's, needs VGG16's weights; images are not resized for it."""
 
 
 class PD(Distilled):
@@ -381,6 +383,10 @@ class Train(Section):
     """Learning rate at its peak."""
     betas: list[Share] = Field([0.9, 0.999], min_length=2, max_length=2)
     """Decay of the optimizer's first and second moments."""
+    eps: Positive = 1e-8
+    """What the optimizer adds to the root of the second moment."""
+    weight_decay: NonNegative = 0.0
+    """Decay of the weights: adamw's own, times the rate; in adam and radam a part of the gradient."""
     lr_warmup: Length = 0
     """Steps, or a share of the run below 1, over which the learning rate rises linearly from 0."""
     lr_decay: Literal["none", "linear", "cosine"] = "none"
@@ -388,7 +394,10 @@ class Train(Section):
     grad_clip: Positive | None = None
     """Largest norm of the gradient. null: not clipped."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
-    """Arithmetic inside the network. auto: bf16 where GPU or CPU has it, else fp16 on a GPU and fp32 on a CPU."""
+    """Arithmetic inside the network. auto: bf16 where GPU or CPU has it, else fp16 on a GPU and fp32 on a CPU; and fp32
+    in the steps of a method that half precision would get wrong."""
+    tf32: bool = False
+    """Let a GPU round what float32 products read to TF32's 10 bits: faster, and too coarse for the last stages."""
     compile: bool | Literal["auto", "reduce-overhead"] = "auto"
     """torch.compile the network. auto: on a GPU. reduce-overhead: with CUDA graphs, for networks of small kernels."""
     init_from: PathText | None = None
@@ -456,15 +465,11 @@ class Config(Section):
     metrics: Metrics = Field(default_factory=Metrics)
 
 
-def kinds(section: str) -> tuple[type[BaseModel], ...]:
-    """The settings classes of a section: several where its `name` chooses among them."""
+def kinds(section: str) -> dict[str, type[Section]]:
+    """The settings classes of a section by their `name`, where that chooses among several; else one, by the section."""
     annotation = Config.model_fields[section].annotation
-    return get_args(annotation) or (annotation,)
-
-
-def names(section: str) -> list[str]:
-    """What `name` may be in a section of several kinds."""
-    return [get_args(kind.model_fields["name"].annotation)[0] for kind in kinds(section)]
+    several = {get_args(kind.model_fields["name"].annotation)[0]: kind for kind in get_args(annotation)}
+    return several or {section: annotation}
 
 
 def json_schema() -> str:

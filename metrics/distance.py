@@ -21,16 +21,19 @@ def wasserstein(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.sqrt(square[linear_sum_assignment(square)].mean())
 
 
-def score(
-    samples: torch.Tensor, conditions: torch.Tensor | None, dataset: Any, codec: Any
-) -> tuple[dict[str, float], int]:
-    """{"w2", "w2_of_data"} and the number of vectors compared.
+def to_score(num: int, dataset: Any) -> int:
+    """How many of `num` vectors a score takes: the training set must have twice as many."""
+    return min(num, len(dataset) // 2, SCORED)
+
+
+def score(samples: torch.Tensor, conditions: torch.Tensor | None, dataset: Any, codec: Any) -> dict[str, float]:
+    """{"w2", "w2_of_data"} of the first `to_score` samples.
 
     w2: 2-Wasserstein distance of samples (M, *shape) to as many training vectors, in the data's standard deviations;
     with conditions (M, K), of the pairs of both. w2_of_data: the same of other training vectors, what perfect samples
     would get.
     """
-    n = min(len(samples), len(dataset) // 2, SCORED)
+    n = to_score(len(samples), dataset)
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: 2 * n]
     codec = copy.deepcopy(codec).cpu()
 
@@ -40,7 +43,7 @@ def score(
 
     own = joint(samples[:n], conditions if conditions is None else conditions[:n])
     a, b = joint(*dataset.read(rows)).split(n)
-    return {"w2": wasserstein(own, a), "w2_of_data": wasserstein(b, a)}, n
+    return {"w2": wasserstein(own, a), "w2_of_data": wasserstein(b, a)}
 
 
 def describe(scores: dict[str, float], num: int) -> str:

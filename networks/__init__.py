@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from .layers import plain_attention
+from .layers import plain_kernels
 from .mlp import MLP
 from .preconditioning import Preconditioner
 from .unet import DhariwalUNet, SongUNet
 
-__all__ = ["MLP", "NETWORKS", "DhariwalUNet", "Preconditioner", "SongUNet", "build", "plain_attention"]
+__all__ = ["MLP", "NETWORKS", "DhariwalUNet", "Preconditioner", "SongUNet", "build", "plain_kernels"]
 
 NETWORKS = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet, "mlp": MLP}
 
@@ -26,7 +26,7 @@ def build(
     Draws them from torch's global generator. ValueError where the settings do not fit the data. The weights are NCHW,
     the faster layout on a CPU (its channels_last group norm is slow); on a GPU, ask `.to()` for channels_last.
     """
-    settings = dict(settings)
+    settings = {key: value for key, value in settings.items() if key != "label_dropout"}  # training drops them
     network = NETWORKS[settings.pop("name")]
     preconditioning = {key: settings.pop(key) for key in ("precond", "c_noise", "sigma_data", "sigma_min", "sigma_max")}
     if network is MLP:

@@ -15,22 +15,24 @@ from torch.utils.checkpoint import checkpoint
 
 Init = Callable[..., None]  # init(layer, scale=1.0) fills layer.weight and layer.bias in place
 
-_PLAIN_ATTENTION = False
+_PLAIN = False
+QUERIES = 1024  # of plain attention at a time
 
 
 @contextlib.contextmanager
-def plain_attention() -> Iterator[None]:
-    """Within this context attention is written out as softmax(q k^T) v.
+def plain_kernels() -> Iterator[None]:
+    """Within this context group norm and attention are written out in elementary operations.
 
-    For torch.func.jvp: F.scaled_dot_product_attention has no forward-mode derivative.
+    For torch.func.jvp: the fused attention kernels have no forward-mode derivative, and the compiler cannot trace that
+    of group norm.
     """
-    global _PLAIN_ATTENTION
-    before = _PLAIN_ATTENTION
-    _PLAIN_ATTENTION = True
+    global _PLAIN
+    before = _PLAIN
+    _PLAIN = True
     try:
         yield
     finally:
-        _PLAIN_ATTENTION = before
+        _PLAIN = before
 
 
 # ----------------------------------------------------------------------------
@@ -78,6 +80,12 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         # Autocast would run this in float32 and write twice the bytes; the kernels sum in float32 anyway.
         with torch.autocast(x.device.type, enabled=False):
+            if _PLAIN:
+                wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(len(x), self.num_groups, -1)
+                variance, mean = torch.var_mean(wide, 2, correction=0, keepdim=True)
+                shape = (1, -1, *[1] * (x.ndim - 2))
+                normal = ((wide - mean) * (variance + self.eps).rsqrt()).view(x.shape)
+                return (normal * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -143,15 +151,25 @@ class ResampleConv(Resample):
         return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=padding)
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout; on a CPU without the compiler, with a mask that costs a tenth (p to within 2^-17)."""
-    if not training or p == 0:
-        return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    # One 64-bit draw makes four mask elements; F.dropout makes one, and took a tenth of a training step.
-    bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)
-    keep = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+def mix(x: Tensor) -> Tensor:
+    """A bijection of int32 that looks random (Wellons' lowbias32); products wrap, the same on every device."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        x = (x ^ ((x >> shift) & (2 ** (32 - shift) - 1))) * factor
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def dropout(x: Tensor, p: float, keys: Tensor, layer: int) -> Tensor:
+    """x (B, ...) with each element 0 with probability p (to within 2^-17), the others scaled by 1 / (1 - p).
+
+    The mask is a function of the sample's key, int64 (B,), the layer and the element's place alone, by integers: the
+    same bits eager, compiled and in forward mode, on every device, however a batch is split.
+    """
+    size = x[0].numel()
+    rows = mix(keys.to(torch.int32) + layer * 0x3C6EF372)
+    places = torch.arange(-(-size // 2), dtype=torch.int32, device=x.device) * (0x9E3779B1 - 2**32)
+    bits = mix(places + rows[:, None])  # each makes two elements of the mask
+    both = torch.cat([bits & 0xFFFF, (bits >> 16) & 0xFFFF], dim=1)
+    keep = both[:, :size].view(x.shape) >= round(p * 2**16)
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
@@ -164,9 +182,13 @@ def unit_rms(x: Tensor, eps: float = 1e-4) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q^T k / sqrt(c)) over the keys, times v; all (B, heads, c, length)."""
     # On CPUs the fused kernel is the slower one until the weights' length^2 elements no longer fit the caches.
-    if _PLAIN_ATTENTION or (q.device.type == "cpu" and q.shape[-1] <= 256):
-        weights = (q.transpose(-1, -2) * q.shape[-2] ** -0.5) @ k
-        return v @ weights.softmax(dim=-1).to(v.dtype).transpose(-1, -2)
+    if _PLAIN or (q.device.type == "cpu" and q.shape[-1] <= 256):
+        # A block of queries at a time: at 64 x 64 pixels the whole matrix would be 64 MiB a head and sample.
+        blocks = [
+            v @ ((block.transpose(-1, -2) * q.shape[-2] ** -0.5) @ k).softmax(dim=-1).to(v.dtype).transpose(-1, -2)
+            for block in q.split(QUERIES, dim=-1)
+        ]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
     q, k, v = (t.transpose(-1, -2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
 
@@ -180,6 +202,7 @@ class UNetBlock(nn.Module):
     pixel_norm: scale and shift are normalised over channels (sCM, 2410.11081 sec. 4.1).
     """
 
+    layer = 0  # its place in the network, which tells its dropout masks from others
     checkpointing = False  # True: the backward pass computes the block again, masks and all, instead of keeping it
 
     def __init__(
@@ -235,15 +258,16 @@ class UNetBlock(nn.Module):
             self.qkv = conv(out_channels, 3 * out_channels, 1, attention_scale)
             self.proj = conv(out_channels, out_channels, 1, zero_scale)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, keys: Tensor | None = None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():  # else nothing is kept anyway, as in JVPs
-            return checkpoint(self.compute, x, emb, use_reentrant=False)
-        return self.compute(x, emb)
+            return checkpoint(self.compute, x, emb, keys, use_reentrant=False)
+        return self.compute(x, emb, keys)
 
-    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
-        """The block itself; `forward` may compute it again in the backward pass."""
+    def compute(self, x: Tensor, emb: Tensor, keys: Tensor | None) -> Tensor:
+        """The block itself; `forward` may compute it again in the backward pass. keys: see `dropout`; None: none."""
         h = self.conv0(F.silu(self.norm0(x)))
-        params = self.affine(emb)[:, :, None, None].to(h.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # float32, as in EDM: it tells noise levels apart
+            params = self.affine(emb)[:, :, None, None].to(h.dtype)
         if self.scale_shift_norm:
             scale, shift = params.chunk(2, dim=1)
             if self.pixel_norm:
@@ -251,7 +275,7 @@ class UNetBlock(nn.Module):
             h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         else:
             h = F.silu(self.norm1(h.add_(params)))
-        h = self.conv1(dropout(h, self.dropout, self.training))
+        h = self.conv1(h if keys is None else dropout(h, self.dropout, keys, self.layer))
         x = (h + (x if self.skip is None else self.skip(x))).mul_(self.skip_scale)
         if self.num_heads:
             x = (self.attention(self.norm2(x)) + x).mul_(self.skip_scale)

@@ -1,9 +1,14 @@
 """The wrapper that turns a raw network into a denoiser (2206.00364 tab. 1; 2303.01469 app. C; 2410.11081 sec. 3)."""
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .layers import plain_kernels
+from .unet import dropout_keys_of
 
 
 class Preconditioner(nn.Module):
@@ -12,9 +17,14 @@ class Preconditioner(nn.Module):
     precond: "edm", "cm" whose boundary is D(x; sigma_min) = x, or "trigflow": edm in the clock t = atan(sigma/sd), with
     the sign of F turned. c_noise: "log" is ln(sigma)/4, "log250" is 250 ln(sigma), "t" is t. The arithmetic is float32
     (float64 for float64 x), whatever the network computes in: its weights' dtype, or what `autocast` says.
+
+    In training mode a network with dropout is given keys, from which its masks follow (see layers.dropout): calls with
+    the same `dropout_keys` drop the same units, however they are computed. Without keys they are drawn from torch's
+    global generator, once a call and outside of compiled code.
     """
 
     autocast: torch.dtype | None = None  # bfloat16 or float16 inside the network; None: as around the call
+    compiled_jvp: Callable[..., tuple[Tensor, Tensor]] | None = None  # network_jvp, where training compiles it
 
     def __init__(
         self,
@@ -47,47 +57,62 @@ class Preconditioner(nn.Module):
         self.codec: nn.Module | None = None  # between data and what the model sees, where this repository loads them
 
     def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None,
+        condition: Tensor | None = None, dropout_keys: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Estimate of the clean data, of x's shape; float32, or float64 if x is float64.
 
-        x: (B, ...) noisy data. sigma: (B,) its noise levels. class_labels: (B, label_dim) one-hot or None (the null
-        label). augment_labels: (B, augment_dim) or None (not augmented). condition: (B, condition_dim), for networks
-        that have one. ValueError for labels or conditions of another shape.
+        x: (B, ...) noisy data. sigma: (B,) its noise levels. Conditions: class_labels (B, label_dim) one-hot or None
+        (the null label); augment_labels (B, augment_dim) or None (not augmented); condition (B, condition_dim), for
+        networks that have one; dropout_keys, int64 (B,). ValueError for labels or conditions of another shape.
         """
         x, sigma = self._cast(x, sigma)
-        f = self.raw(x, sigma, class_labels, augment_labels, condition).to(x.dtype)
-        sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        c_skip, c_out, _, _ = self.coefficients(sigma)
+        F = self.raw(x, sigma, class_labels, augment_labels, condition, dropout_keys).to(x.dtype)
+        return _wide(c_skip, x) * x + _wide(c_out, x) * F
+
+    def raw(self, x: Tensor, sigma: Tensor, *labels: Tensor | None, **conditions: Tensor | None) -> Tensor:
+        """F(c_in x, c_noise(sigma)), the network's own output in its own dtype; arguments as in `forward`."""
+        x, sigma = self._cast(x, sigma)
+        _, _, c_in, c_noise = self.coefficients(sigma)
+        dtype = next(self.model.parameters()).dtype
+        given = self._given(x, dtype, *labels, **conditions)
+        with self._casting(x):
+            return self.model((_wide(c_in, x) * x).to(dtype), c_noise.to(dtype), **given)
+
+    def jvp(
+        self, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor, raw: bool = False, **conditions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(D, its derivative along (dx, dsigma)), or F's if `raw`; shapes as in `forward`; one pass in forward mode.
+
+        Only the network computes in its own dtype; the derivative's error is that dtype's, however small the direction.
+        """
+        x, sigma = self._cast(x, sigma)
+        dx, dsigma = dx.to(x.dtype), dsigma.to(sigma.dtype)
+        (c_skip, c_out, c_in, c_noise), d = torch.func.jvp(self.coefficients, (sigma,), (dsigma,))
+        dtype = next(self.model.parameters()).dtype
+        primals = _wide(c_in, x) * x, c_noise
+        tangents = _wide(c_in, x) * dx + _wide(d[2], x) * x, d[3]
+        given = self._given(x, dtype, **conditions)
+        with self._casting(x), plain_kernels():  # the fused kernel has no forward mode
+            F, dF = (self.compiled_jvp or self.network_jvp)(*(v.to(dtype) for v in (*primals, *tangents)), given)
+        if raw:
+            return F, dF
+        F, dF = F.to(x.dtype), dF.to(x.dtype)
+        D = _wide(c_skip, x) * x + _wide(c_out, x) * F
+        return D, _wide(c_skip, x) * dx + _wide(d[0], x) * x + _wide(c_out, x) * dF + _wide(d[1], x) * F
+
+    def network_jvp(self, u: Tensor, c: Tensor, du: Tensor, dc: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The network's own output at (u, c) and its derivative along (du, dc)."""
+        return torch.func.jvp(lambda u, c: self.model.forward(u, c, **given), (u, c), (du, dc))
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(c_skip, c_out, c_in, c_noise) of noise levels (B,), (B,) each."""
         eps = self.sigma_min if self.precond == "cm" else 0.0
         c_skip = self.sigma_data**2 / ((sigma - eps) ** 2 + self.sigma_data**2)
         c_out = self.sigma_data * (sigma - eps) / (sigma**2 + self.sigma_data**2).sqrt()
-        return c_skip * x - c_out * f if self.precond == "trigflow" else c_skip * x + c_out * f
-
-    def raw(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """F(c_in x, c_noise(sigma)), the network's own output in its own dtype; arguments as in `forward`."""
-        x, sigma = self._cast(x, sigma)
-        class_labels = self._labels("class_labels", class_labels, self.label_dim, x)
-        augment_labels = self._labels("augment_labels", augment_labels, self.augment_dim, x)
-        c_in = (sigma**2 + self.sigma_data**2).rsqrt().reshape(-1, *[1] * (x.ndim - 1))
-        dtype = next(self.model.parameters()).dtype
-        inputs = (c_in * x, self.noise_label(sigma), class_labels, augment_labels)
-        inputs = [None if t is None else t.to(dtype) for t in inputs]
-        more = {} if condition is None else {"condition": condition.to(dtype)}
-        cast = torch.autocast(x.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        with cast:
-            return self.model(*inputs, **more)
+        c_in = (sigma**2 + self.sigma_data**2).rsqrt()
+        return c_skip, -c_out if self.precond == "trigflow" else c_out, c_in, self.noise_label(sigma)
 
     def noise_label(self, sigma: Tensor) -> Tensor:
         """c_noise(sigma), what the network is told of the noise level; (B,) -> (B,)."""
@@ -95,6 +120,23 @@ class Preconditioner(nn.Module):
             return torch.atan(sigma / self.sigma_data)
         log_sigma = sigma.clamp(min=1e-8).log()  # finite at sigma = 0
         return log_sigma / 4 if self.c_noise == "log" else log_sigma * 250
+
+    def _casting(self, x: Tensor) -> contextlib.AbstractContextManager:
+        return torch.autocast(x.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+
+    def _given(
+        self, x: Tensor, dtype: torch.dtype, class_labels: Tensor | None = None, augment_labels: Tensor | None = None,
+        condition: Tensor | None = None, dropout_keys: Tensor | None = None,
+    ) -> dict[str, Tensor | None]:  # fmt: skip
+        """What the network is given beside x and c_noise."""
+        given = {
+            "class_labels": self._labels("class_labels", class_labels, self.label_dim, x),
+            "augment_labels": self._labels("augment_labels", augment_labels, self.augment_dim, x),
+            **({} if condition is None else {"condition": condition}),
+        }
+        given = {name: None if value is None else value.to(dtype) for name, value in given.items()}
+        keys = dropout_keys_of(self.model, x, dropout_keys)
+        return given if keys is None else {**given, "dropout_keys": keys}
 
     @staticmethod
     def _cast(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,3 +153,7 @@ class Preconditioner(nn.Module):
             needs = f"({x.shape[0]}, {dim})" if dim else "none"
             raise ValueError(f"{name} has shape {tuple(labels.shape)}; this network needs {needs}")
         return labels
+
+
+def _wide(v: Tensor, x: Tensor) -> Tensor:
+    return v.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,8 +1,8 @@
 """The UNets of EDM (2206.00364): SongUNet (DDPM++ and NCSN++, 2011.13456) and DhariwalUNet (ADM, 2105.05233).
 
-Both are called as `network(x, c_noise, class_labels=None, augment_labels=None) -> F`, shapes (B, C, H, W), (B,),
-(B, label_dim), (B, augment_dim) -> (B, out_channels, H, W). Wrap them in a `Preconditioner` to get a denoiser.
-Module names spell resolution and role, "16x16_block0", as in published EDM checkpoints.
+Both are called as `network(x, c_noise, class_labels=None, augment_labels=None, dropout_keys=None) -> F`, shapes
+(B, C, H, W), (B,), (B, label_dim), (B, augment_dim), int64 (B,) -> (B, out_channels, H, W). Wrap them in a
+`Preconditioner` to get a denoiser. Module names spell resolution and role, "16x16_block0", as published ones do.
 """
 
 import math
@@ -35,12 +35,17 @@ def _level_resolutions(img_resolution: int, channel_mult: Sequence[int]) -> list
     return [img_resolution >> level for level in range(len(channel_mult))]
 
 
-def _drop_labels(class_labels: Tensor, probability: float, training: bool) -> Tensor:
-    """In training, zero whole rows with this probability (for classifier-free guidance)."""
-    if not training or not probability:
-        return class_labels
-    keep = torch.rand(class_labels.shape[0], 1, device=class_labels.device) >= probability
-    return class_labels * keep
+def dropout_keys_of(net: nn.Module, x: Tensor, keys: Tensor | None) -> Tensor | None:
+    """What the masks of a pass follow from, int64 (B,): the given keys, new ones, or None where nothing is dropped."""
+    if not net.training or getattr(net, "dropout", 0) == 0:
+        return None
+    return torch.randint(2**31, (len(x),), device=x.device) if keys is None else keys
+
+
+def _number(net: nn.Module) -> None:
+    """Tell the blocks their places."""
+    for place, block in enumerate(m for m in net.modules() if isinstance(m, UNetBlock)):
+        block.layer = place
 
 
 class SongUNet(nn.Module):
@@ -59,7 +64,6 @@ class SongUNet(nn.Module):
         num_blocks: int = 4,  # residual blocks per level (the decoder has one more)
         attn_resolutions: Sequence[int] = (16,),  # resolutions with self-attention
         dropout: float = 0.10,
-        label_dropout: float = 0.0,  # chance of training on the null label
         embedding_type: str = "positional",  # of c_noise: "positional" (DDPM++) or "fourier" (NCSN++)
         channel_mult_noise: int = 1,  # width of the noise embedding: 1 (DDPM++) or 2 (NCSN++)
         encoder_type: str = "standard",  # "standard" (DDPM++), "residual" (NCSN++) or "skip"
@@ -81,7 +85,7 @@ class SongUNet(nn.Module):
         self.img_channels = in_channels
         self.label_dim = label_dim
         self.augment_dim = augment_dim
-        self.label_dropout = label_dropout
+        self.dropout = dropout
         self.encoder_type = encoder_type
         self.decoder_type = decoder_type
         self.num_blocks = num_blocks
@@ -161,6 +165,7 @@ class SongUNet(nn.Module):
                 self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(channels, eps=1e-6)
                 out = nn.Conv2d(channels, out_channels, 3, padding=1)
                 self.dec[f"{res}x{res}_aux_conv"] = initialised(out, xavier, zero_scale)
+        _number(self)
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """(B, emb_channels) from the noise level and the labels."""
@@ -168,8 +173,7 @@ class SongUNet(nn.Module):
         cos, sin = emb.chunk(2, dim=1)
         emb = torch.cat([sin, cos], dim=1)  # published weights expect the sines first
         if self.label_dim and class_labels is not None:
-            labels = _drop_labels(class_labels, self.label_dropout, self.training)
-            emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
+            emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
         if self.augment_dim and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
@@ -180,8 +184,11 @@ class SongUNet(nn.Module):
         c_noise: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        emb = self.embed(c_noise, class_labels, augment_labels)
+        keys = dropout_keys_of(self, x, dropout_keys)
+        with torch.autocast(x.device.type, enabled=False):  # float32, as in EDM
+            emb = self.embed(c_noise, class_labels, augment_labels)
         enc, dec = self.enc, self.dec
 
         aux = x
@@ -191,7 +198,7 @@ class SongUNet(nn.Module):
             if res == self.img_resolution:
                 x = enc[f"{at}_conv"](x)
             else:
-                x = enc[f"{at}_down"](x, emb)
+                x = enc[f"{at}_down"](x, emb, keys)
                 if self.encoder_type == "skip":
                     aux = enc[f"{at}_aux_down"](aux)
                     x = x + enc[f"{at}_aux_skip"](aux)
@@ -199,19 +206,19 @@ class SongUNet(nn.Module):
                     x = aux = (x + enc[f"{at}_aux_residual"](aux)) * math.sqrt(0.5)
             skips.append(x)
             for i in range(self.num_blocks):
-                x = enc[f"{at}_block{i}"](x, emb)
+                x = enc[f"{at}_block{i}"](x, emb, keys)
                 skips.append(x)
 
         out: Tensor | None = None
         for res in reversed(self.resolutions):
             at = f"{res}x{res}"
             if res == self.resolutions[-1]:
-                x = dec[f"{at}_in0"](x, emb)
-                x = dec[f"{at}_in1"](x, emb)
+                x = dec[f"{at}_in0"](x, emb, keys)
+                x = dec[f"{at}_in1"](x, emb, keys)
             else:
-                x = dec[f"{at}_up"](x, emb)
+                x = dec[f"{at}_up"](x, emb, keys)
             for i in range(self.num_blocks + 1):
-                x = dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb)
+                x = dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb, keys)
             if self.decoder_type == "skip" or res == self.img_resolution:
                 y = dec[f"{at}_aux_conv"](F.silu(dec[f"{at}_aux_norm"](x)))
                 out = y if out is None else y + dec[f"{at}_aux_up"](out)
@@ -237,7 +244,6 @@ class DhariwalUNet(nn.Module):
         num_blocks: int = 3,  # residual blocks per level (the decoder has one more)
         attn_resolutions: Sequence[int] = (32, 16, 8),  # resolutions with self-attention
         dropout: float = 0.10,
-        label_dropout: float = 0.0,  # chance of training on the null label
         scale_shift_norm: bool = True,  # the embedding scales and shifts (AdaGN) instead of being added
         channels_per_head: int = 64,  # width of an attention head
         norm_groups: int | None = None,  # groups of every group norm; None: min(32, channels // 4)
@@ -248,7 +254,7 @@ class DhariwalUNet(nn.Module):
         self.img_channels = in_channels
         self.label_dim = label_dim
         self.augment_dim = augment_dim
-        self.label_dropout = label_dropout
+        self.dropout = dropout
         self.num_blocks = num_blocks
         self.resolutions = _level_resolutions(img_resolution, channel_mult)
 
@@ -308,6 +314,7 @@ class DhariwalUNet(nn.Module):
                 channels = width
         self.out_norm = GroupNorm(channels, eps=1e-5, groups=norm_groups)
         self.out_conv = initialised(nn.Conv2d(channels, out_channels, 3, padding=1), kaiming, 0.0)
+        _number(self)
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """(B, emb_channels) from the noise level and the labels."""
@@ -316,7 +323,7 @@ class DhariwalUNet(nn.Module):
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.label_dim and class_labels is not None:
-            emb = emb + self.map_label(_drop_labels(class_labels, self.label_dropout, self.training))
+            emb = emb + self.map_label(class_labels)
         return F.silu(emb)
 
     def forward(
@@ -325,26 +332,29 @@ class DhariwalUNet(nn.Module):
         c_noise: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        emb = self.embed(c_noise, class_labels, augment_labels)
+        keys = dropout_keys_of(self, x, dropout_keys)
+        with torch.autocast(x.device.type, enabled=False):  # float32, as in EDM
+            emb = self.embed(c_noise, class_labels, augment_labels)
         enc, dec = self.enc, self.dec
 
         skips: list[Tensor] = []
         for res in self.resolutions:
             at = f"{res}x{res}"
-            x = enc[f"{at}_conv"](x) if res == self.img_resolution else enc[f"{at}_down"](x, emb)
+            x = enc[f"{at}_conv"](x) if res == self.img_resolution else enc[f"{at}_down"](x, emb, keys)
             skips.append(x)
             for i in range(self.num_blocks):
-                x = enc[f"{at}_block{i}"](x, emb)
+                x = enc[f"{at}_block{i}"](x, emb, keys)
                 skips.append(x)
 
         for res in reversed(self.resolutions):
             at = f"{res}x{res}"
             if res == self.resolutions[-1]:
-                x = dec[f"{at}_in0"](x, emb)
-                x = dec[f"{at}_in1"](x, emb)
+                x = dec[f"{at}_in0"](x, emb, keys)
+                x = dec[f"{at}_in1"](x, emb, keys)
             else:
-                x = dec[f"{at}_up"](x, emb)
+                x = dec[f"{at}_up"](x, emb, keys)
             for i in range(self.num_blocks + 1):
-                x = dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb)
+                x = dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb, keys)
         return self.out_conv(F.silu(self.out_norm(x)))

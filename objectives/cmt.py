@@ -20,7 +20,7 @@ class MidTraining(torch.nn.Module):
         self,
         teacher: torch.nn.Module,  # a denoiser, in eval mode
         distance: Distance,  # (B, ...), (B, ...) -> (B,)
-        steps: int = 16,  # of DPM-Solver++(2M), in ln sigma
+        steps: int = 16,  # of DPM-Solver++, in ln sigma
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
     ):
@@ -38,15 +38,13 @@ class MidTraining(torch.nn.Module):
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
         rows = slice(0, len(x), self.steps)
-        own = {name: value[rows] if value is not None else None for name, value in conditions.items()}
         start = x[rows] + self.sigma_max * noise[rows]
-        with torch.no_grad():
-            points, sigmas, end = dpm_solver_trajectory(
-                self.teacher, start, self.steps, self.sigma_min, self.sigma_max, **own
-            )
-        many = {name: v.repeat(self.steps, *[1] * (v.ndim - 1)) if v is not None else None for name, v in own.items()}
+        with torch.no_grad():  # the teacher is told nothing, as in the original
+            points, sigmas, end = dpm_solver_trajectory(self.teacher, start, self.steps, self.sigma_min, self.sigma_max)
+        keys = conditions.pop("dropout_keys", None)  # of points, not of images
+        many = {n: v[rows].repeat(self.steps, *[1] * (v.ndim - 1)) for n, v in conditions.items() if v is not None}
         sigma = sigmas.to(x.device, x.dtype, non_blocking=True).repeat_interleave(len(start))
-        D = model(points.flatten(0, 1), sigma, **many)
+        D = model(points.flatten(0, 1), sigma, **many, **({} if keys is None else {"dropout_keys": keys}))
         target = end.repeat(self.steps, *[1] * (x.ndim - 1))
         loss = self.distance(D, target)
         return Output(loss, by_level(loss, sigma))

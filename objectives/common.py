@@ -1,4 +1,4 @@
-"""What every objective shares: the form of its result, the shape of sigma, and one dropout mask for two passes."""
+"""What objectives share: their result, one dropout mask for two passes, and small differences of two outputs."""
 
 from __future__ import annotations
 
@@ -58,3 +58,47 @@ def replayed(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.devi
     torch.set_rng_state(cpu)
     if cuda is not None:
         torch.cuda.set_rng_state(cuda, device)
+
+
+def along(
+    model: Model, x: torch.Tensor, sigma: torch.Tensor, dx: torch.Tensor, dsigma: torch.Tensor, **conditions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(D, its derivative along (dx, dsigma)) at x (B, ...) and sigma (B,), without gradient; by forward mode.
+
+    A networks.Preconditioner has its own way, compiled where training compiles; any other module is traced as it is.
+    """
+    with torch.no_grad():
+        if hasattr(model, "jvp"):
+            return model.jvp(x, sigma, dx, dsigma, **conditions)
+        return torch.func.jvp(lambda x, sigma: model(x, sigma, **conditions), (x, sigma), (dx, dsigma))
+
+
+DIFFERENCES = ("auto", "two_passes", "forward_mode")
+
+
+def forward_mode(model: Model, difference: str, gap: float) -> bool:
+    """Whether D_t - D_r is taken in forward mode, as the setting `difference` says, for a gap (t - r) / t.
+
+    auto: where the network computes in half precision, whose rounding would drown the difference of two outputs, and
+    the midpoint's error, of third order in the gap, is below that of the arithmetic: 1/16 and narrower.
+    """
+    if difference != "auto":
+        return difference == "forward_mode"
+    return getattr(model, "autocast", None) is not None and gap <= 1 / 16
+
+
+def step_between(
+    model: Model, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, r: torch.Tensor, **conditions
+) -> torch.Tensor:
+    """D(x + t z; t) - D(x + r z; r) (B, ...) as (t - r) dD/ds at the midpoint s = (t + r) / 2; without gradient.
+
+    Its relative error is that of the arithmetic, however small t - r; the midpoint's own is of third order in t - r.
+    """
+    middle = (t + r) / 2
+    _, slope = along(model, x + append_dims(middle, x) * noise, middle, noise, torch.ones_like(middle), **conditions)
+    return append_dims(t - r, x) * slope
+
+
+def held(value: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+    """`value`, with the gradient of D: a difference D - sg[.] whose value is known better than D rounds."""
+    return value + (D - D.detach())

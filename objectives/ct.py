@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from objectives.common import Model, Output, by_level, append_dims, replayed, rng_state
+from objectives.common import Model, Output, append_dims, by_level, replayed, rng_state
 from objectives.draws import Draws
 from objectives.losses import Distance
 from objectives.schedules import ct_levels, ct_target_decay
@@ -52,6 +52,10 @@ class ConsistencyTraining(torch.nn.Module):
         self.total_steps, self.s0, self.s1, self.mu0 = total_steps, s0, s1, mu0
         self.weighting, self.sigma_data = weighting, sigma_data
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def in_half(self, step: int) -> bool:
+        """Whether the pair is far enough apart for half precision. No forward mode here: two networks are compared."""
+        return self.levels(step) <= 32
 
     def levels(self, step: int) -> int:
         """N(k)."""

@@ -6,7 +6,17 @@ import math
 
 import torch
 
-from objectives.common import Model, Output, by_level, append_dims, replayed, rng_state
+from objectives.common import (
+    Model,
+    Output,
+    append_dims,
+    by_level,
+    forward_mode,
+    held,
+    replayed,
+    rng_state,
+    step_between,
+)
 from objectives.draws import Draws
 from objectives.losses import pseudo_huber
 from objectives.schedules import ect_r
@@ -26,15 +36,20 @@ class EasyConsistencyTuning(torch.nn.Module):
         P_mean: float = -1.1,  # mean of ln t
         P_std: float = 2.0,  # its standard deviation
         huber_c: float = 0.0,  # c of the pseudo-Huber distance
+        difference: str = "auto",  # how D_t - D_r is taken, see common.forward_mode
     ):
         super().__init__()
         self.steps_per_stage, self.q, self.mapping = steps_per_stage, q, mapping
-        self.P_mean, self.P_std, self.huber_c = P_mean, P_std, huber_c
+        self.P_mean, self.P_std, self.huber_c, self.difference = P_mean, P_std, huber_c, difference
 
     def stage(self, step: int) -> int:
         """a(k); it stops growing where t and r are 2^-20 apart, before a float32 network sees them as one."""
         last = max(int(20 / math.log2(self.q)) - 1, 0)
         return min(int(step // self.steps_per_stage), last)
+
+    def gap(self, step: int) -> float:
+        """(t - r) / t over n(t), for the largest t."""
+        return self.q ** -(self.stage(step) + 1)
 
     def forward(
         self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
@@ -53,8 +68,11 @@ class EasyConsistencyTuning(torch.nn.Module):
         D_t = model(x + append_dims(t, x) * noise, t, **conditions)
         with torch.no_grad(), replayed(dropout, x.device):
             at = torch.where(r > 0, r, t)  # ln 0 is no noise label; these rows take the data below
-            D_r = model(x + append_dims(at, x) * noise, at, **conditions)
-            target = torch.where(append_dims(r, x) > 0, D_r, x)
-        loss = pseudo_huber(D_t, target, self.huber_c) / (t - r)
+            if forward_mode(model, self.difference, self.gap(step)):
+                step_down = step_between(model, x, noise, t, at, **conditions)
+            else:
+                step_down = D_t - model(x + append_dims(at, x) * noise, at, **conditions)
+            step_down = torch.where(append_dims(r, x) > 0, step_down, D_t - x)
+        loss = pseudo_huber(held(step_down, D_t), x.new_zeros(()), self.huber_c) / (t - r)
         log = {"stage": self.stage(step), "gap": ((t - r) / t).mean()}
         return Output(loss, {**log, **by_level(loss, t)})

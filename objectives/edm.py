@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from objectives.common import Model, Output, by_level, append_dims
+from objectives.common import Model, Output, append_dims, by_level
 from objectives.draws import Draws
 from objectives.losses import l2
 

@@ -6,7 +6,17 @@ import functools
 
 import torch
 
-from objectives.common import Model, Output, by_level, append_dims, replayed, rng_state
+from objectives.common import (
+    Model,
+    Output,
+    append_dims,
+    by_level,
+    forward_mode,
+    held,
+    replayed,
+    rng_state,
+    step_between,
+)
 from objectives.draws import Draws
 from objectives.losses import Distance, pseudo_huber
 from objectives.schedules import ict_index_probabilities, ict_levels
@@ -31,16 +41,21 @@ class ImprovedConsistencyTraining(torch.nn.Module):
         P_std: float = 2.0,  # its standard deviation
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
+        difference: str = "auto",  # how the two outputs' difference is taken, see common.forward_mode
     ):
         super().__init__()
         self.total_steps, self.distance = total_steps, distance
         self.s0, self.s1, self.P_mean, self.P_std = s0, s1, P_mean, P_std
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_min, self.sigma_max, self.difference = sigma_min, sigma_max, difference
         self.grid = functools.lru_cache(maxsize=2)(self._grid)  # it changes only when N doubles
 
     def levels(self, step: int) -> int:
         """N(k)."""
         return ict_levels(min(step, self.total_steps), self.total_steps, self.s0, self.s1)
+
+    def gap(self, N: int) -> float:
+        """(s_{i+1} - s_i) / s_{i+1} of the highest pair on a Karras grid of N levels, rho 7."""
+        return 7 * (1 - (self.sigma_min / self.sigma_max) ** (1 / 7)) / (N - 1)
 
     def _grid(self, N: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Ascending noise levels (N,) and the cumulative probabilities of their pairs (N-1,), float64."""
@@ -65,6 +80,9 @@ class ImprovedConsistencyTraining(torch.nn.Module):
         dropout = rng_state(x.device)
         D = model(x + append_dims(high, x) * noise, high, **conditions)
         with torch.no_grad(), replayed(dropout, x.device):
-            D_target = model(x + append_dims(low, x) * noise, low, **conditions)
-        loss = self.distance(D, D_target) / (high - low)
+            if forward_mode(model, self.difference, self.gap(N)):
+                step_down = step_between(model, x, noise, high, low, **conditions)
+            else:
+                step_down = D - model(x + append_dims(low, x) * noise, low, **conditions)
+        loss = self.distance(held(step_down, D), x.new_zeros(())) / (high - low)
         return Output(loss, {"N": N, **by_level(loss, high)})

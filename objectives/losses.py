@@ -35,8 +35,9 @@ def pseudo_huber(a: torch.Tensor, b: torch.Tensor, c: float | None = None) -> to
     square = (a - b).square().reshape(len(a), -1).sum(1)
     if c is None:
         c = 0.00054 * math.sqrt(a[0].numel())
-    # The floor keeps the square root's slope finite where a == b and c == 0; it is below any real distance.
-    return (square + c * c).clamp(min=torch.finfo(square.dtype).tiny).sqrt() - c
+    # Not as a difference, which rounds where |a - b| is far below c. The floor keeps the square root's slope finite
+    # where a == b and c == 0; it is below any real distance.
+    return square / ((square + c * c).clamp(min=torch.finfo(square.dtype).tiny).sqrt() + c)
 
 
 class LPIPS(torch.nn.Module):

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from objectives.common import Model, Output, by_level, append_dims
+from objectives.common import Model, Output, append_dims, by_level
 from objectives.ct import snr_weight
 from objectives.draws import Draws
 from objectives.losses import l2

@@ -7,8 +7,7 @@ import warnings
 
 import torch
 
-from networks import plain_attention
-from objectives.common import Model, Output, by_level, append_dims, replayed, rng_state
+from objectives.common import Model, Output, append_dims, by_level, held, replayed, rng_state
 from objectives.draws import Draws
 from sampler import guided
 
@@ -75,12 +74,12 @@ class ContinuousConsistency(torch.nn.Module):
         dropout = rng_state(x.device)
         F = network(model, x_t / sd, t, sd, conditions)
         with torch.no_grad(), replayed(dropout, x.device):
-            F_fixed, g = self.tangent(model, x_t, t, dxdt, min(1.0, step / max(self.warmup, 1)), conditions)
+            _, g = self.tangent(model, x_t, t, dxdt, min(1.0, step / max(self.warmup, 1)), conditions)
         norm = g.reshape(len(g), -1).norm(dim=1)
         g = g / append_dims(norm + self.c, x)
 
         w = self.weight(t).to(x.dtype)
-        square = (F - F_fixed - g).square().reshape(len(x), -1).mean(1)
+        square = held(-g, F).square().reshape(len(x), -1).mean(1)
         loss = w.exp() * square - w
         log = {"tangent_norm": norm.mean(), "w": w.mean(), "square": square.mean()}
         return Output(loss, {**log, **by_level(loss, sd * t.tan())})
@@ -106,20 +105,43 @@ class ContinuousConsistency(torch.nn.Module):
         cos(t) sin(t) goes into the derivative's direction, so that nothing overflows near t = pi/2 (sec. 4.1).
         """
         sd, cos, sin = self.sigma_data, append_dims(t.cos(), x_t), append_dims(t.sin(), x_t)
-        # Attention's fused kernel and compiled code have no forward mode.
-        with plain_attention(), torch.compiler.set_stance("force_eager"):
-            F, cos_sin_dFdt = torch.func.jvp(
-                lambda u, angle: network(model, u, angle, sd, conditions),
-                (x_t / sd, t),
-                (cos * sin * dxdt / sd, t.cos() * t.sin()),
-            )
+        direction = (cos * sin * dxdt / sd, t.cos() * t.sin())
+        F, cos_sin_dFdt = network_along(model, x_t / sd, t, *direction, sd, conditions)
         return F, -(cos**2) * (sd * F - dxdt) - r * (cos * sin * x_t + sd * cos_sin_dFdt)
+
+
+def in_edm_clock(u: torch.Tensor, t: torch.Tensor, sd: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, sigma) of the same point in EDM's clock, u = x_t / sd (B, ...), t (B,)."""
+    return u * sd / append_dims(t.cos(), u), sd * t.tan()
+
+
+def from_denoiser(u: torch.Tensor, t: torch.Tensor, D: torch.Tensor, sd: float) -> torch.Tensor:
+    """F(u, t) of TrigFlow, told from its denoiser's output D."""
+    return (append_dims(t.cos(), u) * sd * u - D) / (append_dims(t.sin(), u) * sd)
+
+
+def has_raw(model: Model) -> bool:
+    """Whether the model gives F itself."""
+    return hasattr(model, "raw") and getattr(model, "precond", "trigflow") == "trigflow"
 
 
 def network(model: Model, u: torch.Tensor, t: torch.Tensor, sd: float, conditions: dict) -> torch.Tensor:
     """F(u, t) of TrigFlow, u = x_t / sd (B, ...), t (B,): the model's raw output, or F told from its denoiser D."""
-    cos, sin = append_dims(t.cos(), u), append_dims(t.sin(), u)
-    x, sigma = u * sd / cos, sd * t.tan()  # the same point in EDM's clock
-    if hasattr(model, "raw") and getattr(model, "precond", "trigflow") == "trigflow":
+    x, sigma = in_edm_clock(u, t, sd)
+    if has_raw(model):
         return model.raw(x, sigma, **conditions).to(u.dtype)
-    return (cos * sd * u - model(x, sigma, **conditions)) / (sin * sd)
+    return from_denoiser(u, t, model(x, sigma, **conditions), sd)
+
+
+def network_along(
+    model: Model, u: torch.Tensor, t: torch.Tensor, du: torch.Tensor, dt: torch.Tensor, sd: float, conditions: dict
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(F, its derivative along (du, dt)) at (u, t), without gradient, by one pass in forward mode."""
+    if not hasattr(model, "jvp"):
+        return torch.func.jvp(lambda u, t: network(model, u, t, sd, conditions), (u, t), (du, dt))
+    place, direction = torch.func.jvp(lambda u, t: in_edm_clock(u, t, sd), (u, t), (du, dt))
+    if has_raw(model):
+        F, dF = model.jvp(*place, *direction, raw=True, **conditions)
+        return F.to(u.dtype), dF.to(u.dtype)
+    D, dD = model.jvp(*place, *direction, **conditions)
+    return torch.func.jvp(lambda u, t, D: from_denoiser(u, t, D, sd), (u, t, D), (du, dt, dD))

@@ -28,12 +28,19 @@ class TruncatedConsistency(torch.nn.Module):
         scale: float = 0.2,  # this scale, and mean 0, truncated to [t', sigma_max]
         huber_c: float = 0.0,
         sigma_max: float = 80.0,
+        weighting: str = "gap",  # 1 / (t - r); or "c_out": 1 / c_out(t)^2, as on ImageNet
+        sigma_data: float = 0.5,
     ):
         super().__init__()
-        self.stage1 = stage1.requires_grad_(False)
+        self.stage1 = stage1.requires_grad_(False).train()  # it drops by the student's masks, as in the original
         self.t_prime, self.q, self.huber_c = t_prime, q, huber_c
         self.boundary_share, self.boundary_weight = boundary_share, boundary_weight
+        self.weighting, self.sigma_data = weighting, sigma_data
         self.register_buffer("ln_t", truncated_student_t(df, scale, t_prime, sigma_max), persistent=False)
+
+    def in_half(self, step: int) -> bool:
+        """Never: outputs of two networks are compared at almost one point, which half precision drowns."""
+        return False
 
     def draw_t(self, draws: Draws) -> torch.Tensor:
         """t (B,) float64: t' in int(boundary_share x total) rows of the global batch, else from the distribution."""
@@ -63,9 +70,11 @@ class TruncatedConsistency(torch.nn.Module):
         with torch.no_grad():
             with replayed(dropout, x.device):
                 D_r = model(x_r, r, **conditions)
-            below = append_dims(r, x) < self.t_prime
-            target = torch.where(below, self.stage1(x_r, r, **conditions), D_r)
-        loss = pseudo_huber(D_t, target, self.huber_c) / (t - r)
+            with replayed(dropout, x.device):
+                D_stage1 = self.stage1(x_r, r, **conditions)
+            target = torch.where(append_dims(r, x) < self.t_prime, D_stage1, D_r)
+        c_out = t * self.sigma_data / (t**2 + self.sigma_data**2).sqrt()
+        loss = pseudo_huber(D_t, target, self.huber_c) / (t - r if self.weighting == "gap" else c_out**2)
 
         boundary = t < self.t_prime + 2e-8  # the original adds 1e-8
         edges = int(self.boundary_share * draws.total) if given is None else boundary.sum()

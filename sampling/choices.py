@@ -15,6 +15,7 @@ from config import Config, ConfigError
 if TYPE_CHECKING:  # the commands read their options before torch is imported
     import torch
 
+    from networks import Preconditioner
     from sources.codecs import ImageCodec
 
 
@@ -56,11 +57,19 @@ def refuse(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
             raise ConfigError(f"--{option}: {reason}")
 
 
-def check_network(cfg: Config, trained: Config, path: str) -> None:
-    """Refuse a config whose network is not the checkpoint's: the figures would be of something else."""
-    different = config.first_difference(config.Config(network=trained.network), config.Config(network=cfg.network))
+def trained_model(args: argparse.Namespace, cfg: Config, device: torch.device) -> tuple[Preconditioner, int]:
+    """The model that --ckpt and --ema name, on the device, and the step it was saved at.
+
+    ConfigError for a config whose network is not the checkpoint's: the figures would be of something else.
+    """
+    import checkpoints
+
+    state = checkpoints.load(args.ckpt)
+    trained = checkpoints.config_of(state, args.ckpt)
+    different = config.first_difference(Config(network=trained.network), Config(network=cfg.network))
     if different:
-        raise ConfigError(f"{path}: was trained with another network: {different}; use the config.yml beside it")
+        raise ConfigError(f"{args.ckpt}: was trained with another network: {different}; use the config.yml beside it")
+    return checkpoints.model_from(state, args.ckpt, args.ema).to(device), state["step"]
 
 
 def chosen_levels(
@@ -82,10 +91,8 @@ def chosen_levels(
         return (found["sigmas"] if found else planned), solver
     if any(a <= b for a, b in itertools.pairwise(args.sigmas)) or min(args.sigmas) <= 0:
         raise ConfigError(f"--sigmas: {args.sigmas} must descend and be above 0")
-    if max(args.sigmas) > top:
-        raise ConfigError(
-            f"--sigmas: {max(args.sigmas)} is above network.sigma_max ({top}), which the network never saw"
-        )
+    if args.sigmas[0] > top:
+        raise ConfigError(f"--sigmas: {args.sigmas[0]} is above network.sigma_max ({top}), which the network never saw")
     return args.sigmas, "multistep" if solver == "heun" else solver
 
 
@@ -115,9 +122,8 @@ def new_folder(args: argparse.Namespace, cfg: Config) -> Path:
             raise ConfigError(f"--out: {out} already holds something; name another folder")
     else:
         refuse_links(cfg.run.folder)
-        number = 0
-        while (out := cfg.run.folder / "generated" / f"{number:03d}").exists():
-            number += 1
+        folders = (cfg.run.folder / "generated" / f"{number:03d}" for number in itertools.count())
+        out = next(folder for folder in folders if not folder.exists())
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

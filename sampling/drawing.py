@@ -51,6 +51,10 @@ class Drawing:
         """Evaluations of the network per sample."""
         return 2 * len(self.sigmas) - 1 if self.solver == "heun" else len(self.sigmas)
 
+    def told(self, things: str) -> str:
+        """What was drawn, in words; things: "samples" or "vectors"."""
+        return f"{self.num:,} {things}, {self.nfe} evaluations each, seed {self.seed}"
+
     def speed(self) -> str:
         """Samples a second, in words."""
         return f"{self.drawn / self.seconds:,.0f} images/s" if self.drawn else "all were there already"
@@ -61,16 +65,9 @@ class Drawing:
         for name, value in self.model.state_dict().items():
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         labels = None if self.given is None else hashlib.sha256(self.given.numpy().tobytes()).hexdigest()[:16]
-        return {
-            "weights": digest.hexdigest()[:16],
-            "seed": self.seed,
-            "num": self.num,
-            "sigmas": self.sigmas,
-            "solver": self.solver,
-            "labels": labels,
-            "guidance": self.guidance,
-            "format": format,
-        }
+        weights = digest.hexdigest()[:16]
+        own = {name: getattr(self, name) for name in ("seed", "num", "sigmas", "solver")}
+        return {"weights": weights, **own, "labels": labels, "guidance": self.guidance, "format": format}
 
 
 class Stream:

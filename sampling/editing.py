@@ -2,14 +2,15 @@
 
     known = edit(model, x, *inpainting(mask), sigmas, z)  # any model(x, sigma, **conditions) -> clean data
 
-The noise levels are sampler.multistep's: descending, all of them evaluated.
+Sampling is sampler.multistep's: sigmas are descending noise levels, all of them evaluated; z is N(0, 1); `noise_at` and
+the other settings (sigma_min, conditions) go to it as they are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,11 +25,10 @@ def edit(
     A: Callable[[torch.Tensor], torch.Tensor],  # invertible linear map of an image to coordinates
     A_inverse: Callable[[torch.Tensor], torch.Tensor],
     known_mask: torch.Tensor,  # bool, broadcast to A(reference): True where kept (the paper's 1 - Omega)
-    sigmas: Sequence[float],  # descending noise levels, the first where z starts
-    z: torch.Tensor,  # (B, ...) N(0, 1)
-    noise_at: NoiseAt | None = None,  # as in sampler.multistep
-    sigma_min: float = 0.002,
-    **conditions: torch.Tensor | None,
+    sigmas: Sequence[float],
+    z: torch.Tensor,  # (B, ...)
+    noise_at: NoiseAt | None = None,
+    **settings: Any,
 ) -> torch.Tensor:
     """Clean data (B, ...) with the reference's known coordinates, not clamped: multistep sampling, put right each step.
 
@@ -41,7 +41,7 @@ def edit(
     def put_right(x: torch.Tensor, sigma: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
         return A_inverse(torch.where(known_mask, kept, A(model(x, sigma, **conditions))))
 
-    return multistep(put_right, z, sigmas, noise_at, sigma_min, **conditions)
+    return multistep(put_right, z, sigmas, noise_at, **settings)
 
 
 # Linear constraints ---------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class Constraint(NamedTuple):
 
 def inpainting(known: torch.Tensor) -> Constraint:
     """Keep the pixels where `known`, bool (H, W) or (B, 1, H, W), is True."""
-    return Constraint(_same, _same, known)
+    return Constraint(torch.positive, torch.positive, known)  # pixels are coordinates
 
 
 def colorisation() -> Constraint:
@@ -109,10 +109,6 @@ def orthogonal(first: torch.Tensor) -> torch.Tensor:
     return eye - 2 * torch.outer(normal, normal) / normal.dot(normal)
 
 
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
 # From an image that is not known exactly ------------------------------------------------------------------------------
 
 
@@ -120,25 +116,17 @@ def stroke(
     model: Model,
     drawing: torch.Tensor,  # (B, ...) or (1, ...), in [-1, 1]
     sigmas: Sequence[float],  # the first: how much of the drawing is lost in noise
-    z: torch.Tensor,  # (B, ...) N(0, 1)
+    z: torch.Tensor,  # (B, ...)
     noise_at: NoiseAt | None = None,
-    sigma_min: float = 0.002,
-    **conditions: torch.Tensor | None,
+    **settings: Any,
 ) -> torch.Tensor:
     """Data that looks like the drawing from afar: multistep sampling from drawing + sigmas[0] z (SDEdit 2108.01073)."""
-    return multistep(model, z + drawing / sigmas[0], sigmas, noise_at, sigma_min, **conditions)
+    return multistep(model, z + drawing / sigmas[0], sigmas, noise_at, **settings)
 
 
-def denoise(
-    model: Model,
-    noisy: torch.Tensor,  # (B, ...): clean data + sigmas[0] times white noise
-    sigmas: Sequence[float],  # the first: the noise level of `noisy`
-    noise_at: NoiseAt | None = None,
-    sigma_min: float = 0.002,
-    **conditions: torch.Tensor | None,
-) -> torch.Tensor:
-    """Clean data: multistep sampling from the noisy data itself, at its own level."""
-    return multistep(model, noisy / sigmas[0], sigmas, noise_at, sigma_min, **conditions)
+def denoise(model: Model, noisy: torch.Tensor, sigmas: Sequence[float], **settings: Any) -> torch.Tensor:
+    """Clean data: multistep sampling from the noisy data itself, clean data + sigmas[0] times white noise (B, ...)."""
+    return multistep(model, noisy / sigmas[0], sigmas, **settings)
 
 
 def noise_level(x: torch.Tensor) -> torch.Tensor:
@@ -158,18 +146,17 @@ def interpolate(
     second: torch.Tensor,  # (1, ...)
     weights: torch.Tensor,  # (B,) in [0, 1]: 0 is `first`, 1 is `second`
     sigmas: Sequence[float],  # the first: how much of the two is lost in noise
-    z: torch.Tensor,  # (2, ...) N(0, 1): the noise of the two
-    noise_at: NoiseAt | None = None,
-    sigma_min: float = 0.002,
-    **conditions: torch.Tensor | None,
+    z: torch.Tensor,  # (2, ...): the noise of the two
+    **settings: Any,
 ) -> torch.Tensor:
     """Data (B, ...) between two images: their noise is turned from one to the other, the images beneath it blended.
 
     At sigma_max, where noise is all there is, this is the interpolation of 2303.01469 appendix D.
     """
     alpha = weights.view(-1, *[1] * (z.ndim - 1)).to(z)
-    noise = slerp(z[:1].expand(len(alpha), *z.shape[1:]), z[1:].expand(len(alpha), *z.shape[1:]), weights)
-    return stroke(model, torch.lerp(first, second, alpha), sigmas, noise, noise_at, sigma_min, **conditions)
+    of_first, of_second = (own.expand(len(alpha), *own.shape) for own in z)
+    noise = slerp(of_first, of_second, weights)
+    return stroke(model, torch.lerp(first, second, alpha), sigmas, noise, **settings)
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -49,8 +49,8 @@ class ImageSamples:
         Raises ConfigError for options of another kind.
         """
         choices.refuse(args, ["conditions"], "is for models of vectors; --class asks an image model for a class")
-        num = args.num or (min(cfg.metrics.num, 5000) if args.search_sigmas else 0)
-        num = num or (cfg.metrics.num if args.calc_fid or args.sweep else 64)
+        usual = cfg.metrics.num if args.calc_fid or args.sweep else 64
+        num = args.num or (min(cfg.metrics.num, 5000) if args.search_sigmas else usual)
         format = args.format or ("npz" if args.calc_fid or num > GRID else "grid")
         return num, choices.chosen_labels(args, num, self.codec), format
 
@@ -70,8 +70,7 @@ class ImageSamples:
 
     def said(self, drawing: Drawing, out: Path, where: str) -> str:
         """What was drawn, how fast, and where it lies."""
-        what = f"{drawing.num:,} samples, {drawing.nfe} evaluations each, seed {drawing.seed}"
-        return f"{what}: {drawing.speed()} on {where}\nwritten: {out}"
+        return f"{drawing.told('samples')}: {drawing.speed()} on {where}\nwritten: {out}"
 
     # On disk ----
 
@@ -91,8 +90,7 @@ class ImageSamples:
         """Write the shard of the samples from `start` on, an npz or a folder of PNG files; whole or not at all."""
         if path.suffix == ".npz":
             arrays = {"images": samples.permute(0, 2, 3, 1).numpy()}
-            if given is not None:
-                arrays["labels"] = given.numpy()
+            arrays |= {} if given is None else {"labels": given.numpy()}
             write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
             return
         part = path.with_name(f".{path.name}.part")
@@ -122,7 +120,7 @@ class ImageSamples:
         """
         return scores.score(samples, dataset, cfg.metrics, cfg.data.dir, device, log=log)
 
-    def to_score(self, num: int, dataset: ImageSet | None = None) -> int:
+    def to_score(self, num: int, dataset: ImageSet | None) -> int:
         """How many of `num` samples a score takes, with this training set."""
         return num
 
@@ -153,8 +151,8 @@ class VectorSamples:
         if not dim:
             raise ConfigError("--conditions: this model was trained without; train one with data.conditional: true")
         if args.calc_fid:
-            own = "compares with the training set under its own conditions; leave out --conditions"
-            raise ConfigError(f"--calc_fid: {own}")
+            why = "compares with the training set under its own conditions; leave out --conditions"
+            raise ConfigError(f"--calc_fid: {why}")
         rows = vectors.read_conditions(args.conditions, dim)
         num = args.num or len(rows)
         return num, rows[torch.arange(num) % len(rows)], "npz"
@@ -172,8 +170,7 @@ class VectorSamples:
         return dataset
 
     def said(self, drawing: Drawing, out: Path, where: str) -> str:
-        what = f"{drawing.num:,} vectors, {drawing.nfe} evaluations each, seed {drawing.seed}"
-        return f"{what}; written: {out / 'samples'}"
+        return f"{drawing.told('vectors')}; written: {out / 'samples'}"
 
     def given_for_grid(self, dataset: VectorSet, seed: int, count: int) -> Given:
         """Conditions drawn from the training set's."""
@@ -195,10 +192,10 @@ class VectorSamples:
         self, samples: Any, given: Given, dataset: Any, cfg: Config, device: torch.device, log: Callable = print
     ) -> dict[str, float]:
         """The distance to the training set, {"w2", "w2_of_data"}."""
-        return distance.score(samples, given, dataset, self.codec)[0]
+        return distance.score(samples, given, dataset, self.codec)
 
-    def to_score(self, num: int, dataset: VectorSet | None = None) -> int:
-        return min(num, distance.SCORED, num if dataset is None else len(dataset) // 2)
+    def to_score(self, num: int, dataset: VectorSet) -> int:
+        return distance.to_score(num, dataset)
 
     def describe(self, found: dict[str, float], cfg: Config, num: int) -> str:
         return distance.describe(found, num)
@@ -240,9 +237,8 @@ def read_npz(path: Path, channels: int | None) -> torch.Tensor:
     except Exception as error:  # a damaged file can raise anything
         raise ConfigError(f"--samples: {path} cannot be read as an npz of images ({error})".split("\n")[0]) from None
     if images.dtype != np.uint8 or images.ndim != 4 or not {images.shape[1], images.shape[3]} & {1, 3}:
-        raise ConfigError(
-            f"--samples: images in {path} are {images.dtype} {images.shape}: give uint8 (N, H, W, 1 or 3)"
-        )
+        have = f"{images.dtype} {images.shape}"
+        raise ConfigError(f"--samples: images in {path} are {have}: give uint8 (N, H, W, 1 or 3)")
     if images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     return fit_channels(torch.from_numpy(images), channels)

@@ -21,15 +21,13 @@ if TYPE_CHECKING:
 
 
 def search(
-    drawing: Drawing,  # its seed and number of samples are those of every trial, so that trials compare
-    steps: int,
-    cfg: Config,
-    dataset: ImageSet | None,
-    device: torch.device,
-    path: Path,  # the store that `found` reads
-    step: int,  # the checkpoint's
+    drawing: Drawing, steps: int, cfg: Config, dataset: ImageSet | None, device: torch.device, path: Path, step: int
 ) -> None:
-    """Find the levels of 2 to `steps` evaluations with the lowest score, print every trial, and store the best."""
+    """Find the levels of 2 to `steps` evaluations with the lowest score, print every trial, and store the best.
+
+    The drawing's seed and number of samples are those of every trial, so that trials compare. path: the store that
+    `found` reads. step: the checkpoint's.
+    """
     if drawing.solver == "heun":
         raise ConfigError("--search-sigmas: this config samples by Heun's method; set sample.solver=multistep")
     name = next((name for name in ("fid", "kid") if name in cfg.metrics.scores), None)
@@ -54,14 +52,12 @@ def search(
 
 
 def sweep(
-    drawing: Drawing,
-    plans: dict[int, tuple[list[float], str]],  # steps -> noise levels and solver
-    cfg: Config,
-    dataset: ImageSet | None,
-    device: torch.device,
-    path: Path,  # of the picture
+    drawing: Drawing, plans: dict[int, Any], cfg: Config, dataset: ImageSet | None, device: torch.device, path: Path
 ) -> None:
-    """Score with each number of steps; a table, and a plot of the first score."""
+    """Score with each number of steps; a table, and a plot of the first score, the picture `path`.
+
+    plans: steps -> (noise levels, solver).
+    """
     if drawing.solver == "heun":
         raise ConfigError("--sweep: this config samples by Heun's method; set sample.solver=multistep")
     rows: dict[int, dict[str, float]] = {}

@@ -20,17 +20,15 @@ def begin(args: argparse.Namespace, cfg: Config, drawing: Drawing, format: str) 
     if format == "grid":
         return new_folder(args, cfg), []
     manifest, out = drawing.manifest(format), Path(args.out or "")
-    if not (args.out and (out / "manifest.json").exists()):
+    if args.out and (out / "manifest.json").exists():
+        there = read_manifest(out)
+        for name, value in manifest.items():
+            if there.get(name) != value:
+                what = f"{name} is {there.get(name)!r} there and {value!r} here"
+                raise ConfigError(f"--out: {out} holds samples of another command: {what}; name another folder")
+    else:
         out = new_folder(args, cfg)
         write_atomically(out / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-        return out, missing(out, manifest)
-    there = read_manifest(out)
-    for name, value in manifest.items():
-        if there.get(name) != value:
-            raise ConfigError(
-                f"--out: {out} holds samples of another command: {name} is {there.get(name)!r} there and {value!r} "
-                "here; name another folder"
-            )
     return out, missing(out, manifest)
 
 

@@ -606,7 +606,7 @@ def likely(section: str, key: str) -> list:
         yaml.safe_load(path.read_text()).get(section, {}).get(key)
         for path in [HERE.parent / "config.yml", *HERE.parent.glob("configs/*.yml")]
     ]
-    for kind in config.kinds(section):
+    for kind in config.kinds(section).values():
         if key in kind.model_fields:
             found += get_args(kind.model_fields[key].annotation)
             default = kind.model_fields[key].default
@@ -628,7 +628,7 @@ def mutated_config(draw) -> tuple[dict, list]:
         raw["network"]["name"] = "dhariwal_unet"
     names = {section: sorted(type(value).model_fields) for section, value in config.parse(raw)}
     if draw(st.integers(0, 9)) == 0:  # settings of other networks and objectives too
-        names = {s: sorted({key for kind in config.kinds(s) for key in kind.model_fields}) for s in names}
+        names = {s: sorted({key for kind in config.kinds(s).values() for key in kind.model_fields}) for s in names}
     odd = st.one_of(
         st.sampled_from(ODD), st.integers(0, 20), st.floats(-1, 3), st.text(max_size=6), st.lists(st.integers(0, 9))
     )

@@ -174,6 +174,13 @@ def test_a_stage_takes_the_place_of_double_kimg(tmp_path):
         0.2,
         None,
     )
+    # On the command line, over the file's other: that one gives way; both there contradict each other
+    assert stage("objective.stage=0.2", text="objective: {double_kimg: 36.0}") == (0.2, None)
+    assert stage("objective.double_kimg=36.0", text="objective: {stage: 0.2}") == (None, 36.0)
+    assert stage("objective.double_kimg=null", text="objective: {stage: 0.2}") == (0.2, None)
+    assert stage("objective.stage=null", text="objective: {double_kimg: 36.0}") == (None, 36.0)
+    with pytest.raises(config.ConfigError, match=r"command line: objective\.stage: give either this or"):
+        stage("objective.double_kimg=36.0", "objective.stage=0.2", text="objective: {stage: 0.3}")
 
 
 def test_the_default_runs_lengths_are_those_it_was_measured_with():

@@ -19,6 +19,7 @@ from objectives.cmt import MidTraining
 from objectives.common import append_dims
 from objectives.draws import Draws
 from objectives.pd import ProgressiveDistillation
+from objectives.schedules import ect_r
 from objectives.scm import AdaptiveWeight, ContinuousConsistency
 from objectives.tcm import TruncatedConsistency
 from sampler import karras_sigmas
@@ -27,6 +28,7 @@ from training.build import build_objective
 from training.step import TrainingStep
 
 SCM = golden("scm_tangents")
+CMT, TCM = golden("cmt_trajectory"), golden("tcm_losses")
 
 
 def cd(**kw):
@@ -89,7 +91,7 @@ def test_pd_passes_on_to_a_teacher_that_was_trained_with_augmentation_labels():
     settings = {"embedding_type": "fourier", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
     cfg = config.parse({"network": {**settings, "attn_resolutions": []}}).network
     shape = {"resolution": 8, "channels": 1, "label_dim": 0}
-    teacher, student = (networks.build(cfg, **shape, augment_dim=dim) for dim in (9, 0))
+    teacher, student = (networks.build(cfg.model_dump(), **shape, augment_dim=dim) for dim in (9, 0))
     objective = ProgressiveDistillation(teacher, total_steps=4, N=2)
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0])
     student.train(False)
@@ -287,17 +289,73 @@ def test_cmt_maps_every_point_of_a_trajectory_onto_its_own_end():
     assert not torch.allclose(seen["target"][0], seen["target"][1])
 
 
-def test_cmt_gives_every_point_the_label_of_its_trajectory():
-    class OfTheLabel(torch.nn.Module):
-        def forward(self, x, sigma, class_labels):
-            return torch.ones_like(x) * append_dims(class_labels.argmax(1), x)
+def test_cmt_tells_the_student_the_label_of_its_trajectory_and_the_teacher_nothing():
+    told, seen = [], {}
 
-    seen = {}
-    objective = MidTraining(OfTheLabel(), lambda a, b: seen.update(target=b) or losses.l2(a, b), steps=2)
-    student = lambda x, sigma, class_labels: seen.update(label=class_labels.argmax(1)) or x  # noqa: E731
-    objective(student, torch.zeros(8, 1, 4, 4), draws=Draws(0, 8), class_labels=torch.eye(8))
+    class Teacher(torch.nn.Module):
+        def forward(self, x, sigma, **conditions):
+            told.append(conditions)
+            return 0 * x
+
+    def student(x, sigma, class_labels, dropout_keys):
+        seen.update(label=class_labels.argmax(1), keys=dropout_keys)
+        return x
+
+    given = {"class_labels": torch.eye(8), "dropout_keys": torch.arange(8)}
+    MidTraining(Teacher(), losses.l2, steps=2)(student, torch.zeros(8, 1, 4, 4), draws=Draws(0, 8), **given)
     assert seen["label"].tolist() == [0, 2, 4, 6] * 2  # a trajectory starts from every second image
-    assert torch.allclose(seen["target"].mean((1, 2, 3)), seen["label"].float(), atol=0.01)
+    assert told == [{}, {}] and seen["keys"].tolist() == list(range(8))  # points drop each for itself
+
+
+def cmt_teacher(x, sigma, a=0.36, b=0.1):
+    s = append_dims(sigma, x)
+    return a * x / (0.36 + s**2) + b * torch.tanh(x) * s / (1 + s)
+
+
+@pytest.mark.parametrize("key", [k.removesuffix("_end") for k in CMT if k.endswith("_end") and "sigma" not in k])
+def test_cmt_follows_the_originals_trajectory(key):
+    """sony/cmt's points, end and losses: DPM-Solver++ of order 3 with lower_order_final."""
+    known = {name.removeprefix(f"{key}_"): value for name, value in CMT.items() if name.startswith(f"{key}_")}
+    ends = known["sigma"] if "levels" in known else torch.cat([known["sigma"], known["sigma_end"].reshape(1)])
+    steps = len(ends) - 1
+    high, low = float(ends[0]), float(ends[-1])
+    start = CMT["x0"] + high * CMT["noise"]
+    points, sigmas, end = sampler.dpm_solver_trajectory(cmt_teacher, start, steps, low, high)
+    assert relative_error(sigmas, ends[:-1]) < 1e-9 and relative_error(end, known["end"]) < 1e-9
+    if "points" not in known:
+        return
+    assert relative_error(points, known["points"]) < 1e-9
+    student = torch.nn.Parameter(CMT["student"].clone())
+    of_all = lambda x: x.repeat_interleave(steps, 0)  # noqa: E731  # every one of `steps` images starts a trajectory
+    for metric, root in (("mse", 1), ("mae", 0.5)):
+        distance = lambda a, b, root=root: (a - b).square().flatten(1).sum(1) ** root  # noqa: E731
+        teacher = torch.nn.Identity()
+        teacher.forward = cmt_teacher
+        objective = MidTraining(teacher, distance, steps, low, high)
+        model = lambda x, s: cmt_teacher(x, s, *student)  # noqa: E731
+        loss = objective(model, of_all(CMT["x0"]), noise=of_all(CMT["noise"])).loss
+        assert relative_error(loss.detach(), known[f"loss_{metric}"].flatten()) < 1e-6
+        student.grad = None
+        loss.mean().backward()
+        assert student.grad[0].item() == pytest.approx(float(known[f"grad_{metric}"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("key", [k.removesuffix("_settings") for k in TCM if k.endswith("_settings")])
+def test_tcm_matches_the_original(key):
+    """NVlabs/TCM's rows: r, both means, their sum and its gradient."""
+    t_prime, q, huber_c, share, weight = TCM[f"{key}_settings"].tolist()
+    student, stage1 = analytic(float(TCM["student"])), analytic(float(TCM["stage1"]))
+    how = (t_prime, q, share, weight)
+    weighting = "c_out" if key == "imagenet" else "gap"
+    objective = TruncatedConsistency(stage1, *how, huber_c=huber_c, weighting=weighting)
+    assert stage1.training and relative_error(ect_r(TCM[f"{key}_t"], 0, q), TCM[f"{key}_r"]) < 1e-9
+    out = objective(student, TCM["x0"], t=TCM[f"{key}_t"], noise=TCM["noise"])
+    main, boundary = (float(total / count) for total, count in (out.log["main"], out.log["boundary"]))
+    assert (main, boundary) == pytest.approx((float(TCM[f"{key}_main"]), float(TCM[f"{key}_boundary"])), rel=1e-6)
+    total = out.loss.mean()
+    assert total.item() == pytest.approx(float(TCM[f"{key}_total"]), rel=1e-6)
+    total.backward()
+    assert student.model.a.grad.item() == pytest.approx(float(TCM[f"{key}_grad"]), rel=1e-6)
 
 
 def test_dpm_solver_converges_to_the_ode():
@@ -360,14 +418,14 @@ CHANGES = {  # another value of every option
     "edm": LOG_NORMAL,
     "trigflow": LOG_NORMAL,
     "ct": {**PAIRS, "s0": 4, "s1": 20, "mu0": 0.5},
-    "ict": {**LOG_NORMAL, "huber_c": 1.0, "s0": 20, "s1": 20},
-    "ect": {**LOG_NORMAL, "huber_c": 1.0, "q": 3.0, "double_kimg": 0.02, "stage": 2, "mapping": "const"},
+    "ict": {**LOG_NORMAL, "huber_c": 1.0, "s0": 20, "s1": 20, "difference": "forward_mode"},
+    "ect": {**LOG_NORMAL, "huber_c": 1.0, "q": 3.0, "double_kimg": 0.02, "stage": 2, "mapping": "const", "difference": "forward_mode"},
     "cd": {**PAIRS, "N": 7, "mu": 0.5, "solver": "euler", "guidance": 3.0},
     "sct": {**LOG_NORMAL, "warmup": 10, "c": 0.5},
     "scd": {**LOG_NORMAL, "warmup": 10, "c": 0.5, "guidance": 3.0},
     "tcm": {
         "t_prime": 2.0, "q": 500.0, "boundary_share": 0.75, "boundary_weight": 0.5, "df": 5.0, "scale": 1.0,
-        "huber_c": 1.0,
+        "huber_c": 1.0, "weighting": "c_out",
     },
     "cmt": {"steps": 8, "metric": "l1", "huber_c": 1.0},
     "pd": {"N": 8, "weighting": "uniform"},
@@ -415,7 +473,9 @@ def test_distillation_runs_from_a_teacher_and_resumes_bit_for_bit(name, teachers
     run = trainer.Trainer(tiny(tmp_path / "start", **settings))
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0])
     teacher = checkpoints.load_model(teachers)
-    assert torch.allclose(run.train_step.model.eval()(x, sigma), teacher(x, sigma), atol=1e-6)  # the student starts as the teacher
+    assert torch.allclose(
+        run.train_step.model.eval()(x, sigma), teacher(x, sigma), atol=1e-6
+    )  # the student starts as the teacher
     trainer.train(tiny(tmp_path / "a", **settings))
     real = TrainingStep.__call__
 

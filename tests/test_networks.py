@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import networks
-from networks import DhariwalUNet, Preconditioner, SongUNet, plain_attention
+from networks import DhariwalUNet, Preconditioner, SongUNet, plain_kernels
 from networks.layers import FourierEmbedding, GroupNorm, Resample, ResampleConv, dropout
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -99,7 +99,7 @@ def test_golden(name, dtype, tolerance, memory_format):
     assert f.dtype == d.dtype == dtype
     assert relative(f, golden["F"]) < tolerance
     assert relative(d, golden["D"]) < tolerance
-    with plain_attention():
+    with plain_kernels():
         assert relative(model.raw(x, sigma, **labels), golden["F"]) < tolerance
 
 
@@ -269,29 +269,33 @@ def test_group_norm_groups():
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_statistics(p):
     """Kept with probability 1 - p, independently, and scaled so that the mean stays."""
-    torch.manual_seed(0)
+    keys = torch.randint(2**31, (9,), generator=torch.Generator().manual_seed(0))
     x = torch.ones(9, 31, 32, 33)
-    y = dropout(x, p, training=True)
+    y = dropout(x, p, keys, 3)
     kept = y != 0
     deviation = math.sqrt(p * (1 - p) / x.numel())
     assert abs(kept.double().mean().item() - (1 - p)) < 4 * deviation
     assert torch.allclose(y[kept], torch.tensor(1 / (1 - p)))
     flat = kept.flatten().double() - (1 - p)
-    for lag in (1, 2, 3, 4):  # four mask elements share a random number
-        assert abs((flat[lag:] * flat[:-lag]).mean().item()) < 4 * p * (1 - p) / math.sqrt(x.numel())
+    half = x[0].numel() // 2  # two mask elements share a random number
+    for lag in (1, 2, 3, 4, 32, 33, half, half + 1, x[0].numel()):
+        assert abs((flat[lag:] * flat[:-lag]).mean().item()) < 4 * p * (1 - p) / math.sqrt(x.numel() - lag)
     for place in range(4):
         assert abs(flat[place : flat.numel() // 4 * 4 : 4].mean().item()) < 8 * deviation
-    assert dropout(x, p, training=False) is x
-    assert dropout(torch.ones(3, 5, 7, 3), p, training=True).shape == (3, 5, 7, 3)  # 315: not a multiple of 4
+    assert dropout(torch.ones(3, 5, 7, 3), p, keys[:3], 0).shape == (3, 5, 7, 3)
 
 
-def test_dropout_replays_from_the_generator():
-    x = torch.ones(2, 16, 8, 8)
-    state = torch.get_rng_state()
-    first, second = dropout(x, 0.5, True), dropout(x, 0.5, True)
-    torch.set_rng_state(state)
-    assert torch.equal(dropout(x, 0.5, True), first)
-    assert not torch.equal(first, second)
+def test_dropout_follows_from_key_and_layer_alone():
+    x, keys = torch.ones(4, 16, 8, 8), torch.tensor([5, 9, 5, 2**31 - 1])
+    mask = dropout(x, 0.5, keys, 1)
+    assert torch.equal(mask[0], mask[2]) and not torch.equal(mask[0], mask[1])
+    assert torch.equal(dropout(x[1:3], 0.5, keys[1:3], 1), mask[1:3])  # however a batch is split
+    assert torch.equal(dropout(x.to(memory_format=torch.channels_last), 0.5, keys, 1), mask)
+    assert torch.equal(dropout(x.double(), 0.5, keys, 1), mask.double())
+    assert not torch.equal(dropout(x, 0.5, keys, 2), mask)
+    agree = [((dropout(x, 0.5, keys, 1) > 0) == (dropout(x, 0.5, keys + k, layer) > 0)).double().mean().item()
+             for k, layer in ((1, 1), (0, 2), (1, 2), (2**20, 1))]  # fmt: skip
+    assert all(abs(share - 0.5) < 0.04 for share in agree)
 
 
 def test_fourier_scale():
@@ -429,28 +433,6 @@ def test_dropout_only_in_training(kind):
     assert torch.equal(network(x, sigma), first)
 
 
-@pytest.mark.parametrize("kind", [SongUNet, DhariwalUNet])
-def test_label_dropout(kind):
-    """In training, each row is either conditioned on its label or on the null label; in eval always on its label."""
-    network = small(kind, label_dim=4, label_dropout=0.5, dropout=0.0)
-    x, sigma = batch(32)
-    labels = torch.rand(32, 4, generator=torch.Generator().manual_seed(2)) + 0.5
-    with torch.no_grad():
-        conditional, null = network(x, sigma, labels), network(x, sigma, torch.zeros_like(labels))
-        torch.manual_seed(1)
-        mixed = network.train()(x, sigma, labels)
-
-    def rows_equal(a, b):
-        return (a - b).flatten(1).abs().amax(1) < 1e-4
-
-    is_label, is_null = rows_equal(mixed, conditional), rows_equal(mixed, null)
-    assert not rows_equal(conditional, null).any()
-    assert torch.all(is_label ^ is_null)
-    assert 8 <= is_null.sum() <= 24
-    network.label_dropout = 0.0
-    assert torch.equal(network(x, sigma, labels), network(x, sigma, labels))
-
-
 CONDITIONAL = {"label_dim": 4, "augment_dim": 9}
 
 
@@ -469,19 +451,19 @@ def test_layouts_and_attentions_agree(kind, settings):
     last = copy.deepcopy(network).to(memory_format=torch.channels_last)
     assert last.enc["8x8_block0"].conv0.weight.is_contiguous(memory_format=torch.channels_last)
     expected = run(network, x)
-    with plain_attention():
+    with plain_kernels():
         plain = run(network, x)
     for other in (run(last, x.to(memory_format=torch.channels_last)), plain):
         assert all(relative(a, b) < 1e-9 for a, b in zip(other, expected, strict=True))
 
 
 @torch.no_grad()
-def test_fused_and_plain_attention_agree():
+def test_fused_and_plain_kernels_agree():
     """Beyond the length up to which a CPU takes the plain one anyway, two heads."""
     network = small(DhariwalUNet, 20, model_channels=128, channel_mult=[1], attn_resolutions=[20])
     x, sigma = batch(1, resolution=20)
     fused = network(x, sigma)
-    with plain_attention():
+    with plain_kernels():
         plain = network(x, sigma)
     assert 0 < relative(plain, fused) < 1e-4  # not bit-equal: they are two implementations
 
@@ -501,28 +483,28 @@ def test_jvp_matches_finite_difference(kind, settings, training, attention):
         return model.raw(x, sigma, labels)
 
     for dx, ds in (tangents, (torch.zeros_like(x), tangents[1])):
-        with plain_attention():
+        with plain_kernels():
             value, jvp = torch.func.jvp(f, (x, sigma), (dx, ds))
         with torch.no_grad():
             assert relative(value, f(x, sigma)) < 1e-9
             h = 1e-5
             difference = (f(x + h * dx, sigma + h * ds) - f(x - h * dx, sigma - h * ds)) / (2 * h)
         assert relative(jvp, difference) < 1e-5
-    with plain_attention():
+    with plain_kernels():
         only_sigma = torch.func.jvp(lambda s: f(x, s), (sigma,), (ds,))[1]
     assert relative(only_sigma, difference) < 1e-5
 
 
-def test_plain_attention_ends_after_an_error():
-    with pytest.raises(RuntimeError), plain_attention():
+def test_plain_kernels_ends_after_an_error():
+    with pytest.raises(RuntimeError), plain_kernels():
         raise RuntimeError
-    assert not networks.layers._PLAIN_ATTENTION
+    assert not networks.layers._PLAIN
 
 
 @pytest.mark.parametrize("kind", [SongUNet, DhariwalUNet])
 def test_compiles_to_one_graph(kind):
     """No graph break in training or evaluation; the compiler itself is not run here."""
-    network = small(kind, label_dim=4, label_dropout=0.1, dropout=0.1)
+    network = small(kind, label_dim=4, dropout=0.1)
     x, sigma = batch(2)
     labels = torch.eye(4)[:2]
     compiled = torch.compile(network, backend="eager", fullgraph=True)

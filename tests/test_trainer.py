@@ -147,7 +147,7 @@ def test_every_step_draws_anew_and_the_same_in_every_run(tmp_path):
         run, seen = trainer.Trainer(tiny(tmp_path)), []
         vars(run.train_step).update(step=step, rank=rank, local_batch=8, microbatch=4)
         run.train_step.objective = lambda model, x, step, draws, **c: (
-            seen.append((draws.normal((4,)), torch.rand(4)))  # noise, and what dropout draws from
+            seen.append((draws.normal((4,)), c["dropout_keys"]))  # noise, and what the masks follow from
             or Output(model(x, x.new_ones(4), **c).mean((1, 2, 3)))
         )
         run.train_step(run.dataset.images[:8], None)

@@ -23,8 +23,7 @@ from objectives import (
     losses,
 )
 from objectives.draws import key
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # inside the network; others: as the weights are
+from training.step import HALF
 
 
 def layout(device: torch.device) -> torch.memory_format:
@@ -49,7 +48,7 @@ def build_model(cfg: Config, codec: torch.nn.Module, device: torch.device, preci
             block.checkpointing = cfg.train.checkpointing
     if precision == "fp64":
         model.double()
-    model.autocast = AUTOCAST.get(precision)
+    model.autocast = HALF.get(precision)
     return model
 
 
@@ -97,19 +96,24 @@ def build_objective(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Modul
             how = (o.N, o.mu, o.solver, o.guidance, o.weighting)
             return ConsistencyDistillation(model, teacher, distance, *how, **grid)
         case "ict":
-            return ImprovedConsistencyTraining(steps, distance, o.s0, o.s1, o.P_mean, o.P_std, **levels)
+            pairs = (o.s0, o.s1, o.P_mean, o.P_std)
+            return ImprovedConsistencyTraining(steps, distance, *pairs, **levels, difference=o.difference)
         case "ect":
             steps_per_stage = o.double_kimg * 1000 / batch if o.double_kimg else math.inf
             if o.stage is not None:
                 steps_per_stage = in_steps(o.stage, steps, whole=False)
-            return EasyConsistencyTuning(steps_per_stage, o.q, o.mapping, o.P_mean, o.P_std, o.huber_c)
+            how = (o.q, o.mapping, o.P_mean, o.P_std, o.huber_c, o.difference)
+            return EasyConsistencyTuning(steps_per_stage, *how)
         case "sct" | "scd":
             return ContinuousConsistency(
                 n.sigma_data, o.P_mean, o.P_std, in_steps(o.warmup, steps), o.c, teacher, getattr(o, "guidance", None)
             )
         case "tcm":
             how = (o.t_prime, o.q, o.boundary_share, o.boundary_weight, o.df, o.scale, o.huber_c)
-            return TruncatedConsistency(teacher, *how, sigma_max=n.sigma_max)
+            for block in teacher.modules():  # the frozen stage drops as the student does
+                if hasattr(block, "dropout"):
+                    block.dropout = n.dropout
+            return TruncatedConsistency(teacher, *how, n.sigma_max, o.weighting, n.sigma_data)
         case "cmt":
             return MidTraining(teacher, distance, o.steps, **levels)
         case "pd":
@@ -128,9 +132,6 @@ def compile_networks(how: bool | str, model: torch.nn.Module, objective: torch.n
     device = next(model.parameters()).device
     if how is False or (how == "auto" and device.type != "cuda"):
         return
-    import torch._inductor.config as inductor
-
-    inductor.fallback_random = True  # dropout then draws as in eager mode, so that two passes can share a mask
     try:
         torch.compile(torch.nn.SiLU())(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, no support: each raises its own
@@ -140,4 +141,6 @@ def compile_networks(how: bool | str, model: torch.nn.Module, objective: torch.n
         return
     for module in [model, *objective.modules()]:
         if isinstance(module, networks.Preconditioner):
-            module.model.compile(dynamic=False, mode=how if how == "reduce-overhead" else None)
+            options = {"dynamic": False, "mode": how if how == "reduce-overhead" else None}
+            module.model.compile(**options)
+            module.compiled_jvp = torch.compile(module.network_jvp, **options)

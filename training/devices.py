@@ -42,9 +42,10 @@ def other_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        reason = " ".join(str(error).split())[:120]
         raise RunFailed(
-            f"rank {rank_and_world()[0]}: another rank has ended or does not answer ({' '.join(str(error).split())[:120]}); "
-            "see its own message, and start again with --resume"
+            f"rank {rank_and_world()[0]}: another rank has ended or does not answer ({reason}); see its own message, "
+            "and start again with --resume"
         ) from None
 
 
@@ -133,3 +134,9 @@ def cpu_has_bf16() -> bool:
             return not {"avx512_bf16", "amx_bf16"}.isdisjoint(file.read(20_000).split())
     except OSError:
         return False
+
+
+def set_arithmetic(tf32: bool) -> None:
+    """Say what float32 means on a GPU: TF32's 10 bits or its own 23. cuDNN may try its algorithms: shapes are fixed."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True

@@ -37,11 +37,17 @@ def split_batch(batch_size: int, microbatch: int | None, ranks: int) -> tuple[in
     return local, part
 
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # inside the network; others: as the weights are
+
+
 class TrainingStep:
     """All that an optimizer step moves (network, objective, averages, optimizer), and the step: call it with a batch.
 
-    Arithmetic: weights, gradient, optimizer and averages are float32 (float64 for precision fp64). Inside the network
-    autocast takes bf16 or fp16 as `precision` says; preconditioning, losses and norms stay in the weights' dtype.
+    What runs in which dtype: weights, gradient, optimizer and averages are float32 (float64 for precision fp64). Inside
+    the network autocast takes bf16 or fp16, as `precision` says, for convolutions, attention and their norms; the noise
+    and class embedding and the layers that hand it to the blocks stay float32, as in EDM. Preconditioning, differences
+    of outputs, losses and norms are float32. A float32 product is float32, not TF32, unless train.tf32 asks for it.
+    Where precision is chosen by `auto`, a step that half precision would get wrong (objective.in_half) is float32.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class TrainingStep:
         self.gradient = self.flat.gradient
         self.optimizer = build_optimizer(cfg.train, self.flat.vector)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        parts = [model, *objective.modules()]
+        self.networks = [m for m in parts if isinstance(m, Preconditioner) and m.autocast]  # in half precision
         self.sums: dict[str, Any] = defaultdict(float)  # since the last log; tensors stay on the device
         self.counts: dict[str, Any] = defaultdict(float)  # of the sums that are not over steps
         self.logged = 0  # the step of the last log
@@ -92,10 +100,12 @@ class TrainingStep:
         """The gradient of this rank's batch, in microbatches."""
         starts = range(0, self.local_batch, self.microbatch)
         self.gradient.zero_()
+        half = self.cfg.train.precision != "auto" or getattr(self.objective, "in_half", lambda step: True)(self.step)
+        for network in self.networks:
+            network.autocast = HALF[self.precision] if half else None
         for start in starts:
             part = slice(start, start + self.microbatch)
             x, conditions, draws = self.prepare(values[part], None if given is None else given[part], start)
-            torch.manual_seed(key(self.cfg.run.seed, "dropout", self.step, self.rank, start))
             if self.cfg.train.compile == "reduce-overhead":
                 torch.compiler.cudagraph_mark_step_begin()  # no output of the pass before is needed any more
             out = self.objective(self.model, x, step=self.step, draws=draws, **conditions)
@@ -109,13 +119,19 @@ class TrainingStep:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Draws]:
         """What the model sees, conditions and draws for rows `start`... of this rank's batch, on the device."""
         first, total = self.rank * self.local_batch + start, self.cfg.train.batch_size
-        draws, augmenting = (
+        draws, augmenting, dropping = (
             Draws(key(self.cfg.run.seed, stream, self.step), len(values), first, total, self.device)
-            for stream in ("objective", "augment")
+            for stream in ("objective", "augment", "dropout")
         )
         values = values.to(self.device, non_blocking=True)
         given = None if given is None else given.to(self.device, non_blocking=True)
-        return *self.codec.to_model(values, given, augmenting, self.dtype), draws
+        x, conditions = self.codec.to_model(values, given, augmenting, self.dtype)
+        rows = (len(x),)
+        if getattr(self.model.model, "dropout", 0):  # every pass of the step drops the same units
+            conditions["dropout_keys"] = dropping.integers(2**31, rows)
+        if (share := getattr(self.cfg.network, "label_dropout", 0)) and "class_labels" in conditions:
+            conditions["class_labels"] *= (dropping.uniform(rows) >= share)[:, None]
+        return x, conditions, draws
 
     def update(self, lr: float) -> None:
         """Clip and step the optimizer. A non-finite gradient is counted and moves no weight, without a wait for it."""
@@ -193,7 +209,7 @@ def build_optimizer(cfg: Train, vector: torch.nn.Parameter) -> torch.optim.Optim
     on_gpu = vector.device.type == "cuda"
     # On a GPU the rate is a tensor, so that a bad step can be masked there without waiting for the result.
     lr = torch.tensor(cfg.lr, device=vector.device) if on_gpu else cfg.lr
-    options = {"lr": lr, "betas": tuple(cfg.betas)}
+    options = {"lr": lr, "betas": tuple(cfg.betas), "eps": cfg.eps, "weight_decay": cfg.weight_decay}
     if cfg.optimizer == "radam":
         return torch.optim.RAdam([vector], **options, foreach=True, capturable=on_gpu)
     adam = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam

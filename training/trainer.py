@@ -21,6 +21,7 @@ from training.devices import (
     pick_precision,
     rank_0_first,
     rank_and_world,
+    set_arithmetic,
     wait_for_all,
 )
 from training.diagnose import find_microbatch, what_went_bad
@@ -58,6 +59,7 @@ class Trainer:
         self.cfg, self.folder = cfg, RunFolder(cfg)
         self.rank, self.world = rank_and_world()
         self.device = pick_device(cfg.run.device)
+        set_arithmetic(cfg.train.tf32)
         precision = pick_precision(cfg.train.precision, self.device)
         with rank_0_first():
             self.dataset = data.load(cfg.data)
@@ -223,8 +225,8 @@ class Trainer:
         raise RunFailed(
             f"{self.folder.path}: stopped: loss or gradient not finite in {streak:,} steps in a row "
             f"(train.max_bad_steps), from step {first + 1:,} on. Objective {cfg.objective.name}; {found}. The newest "
-            f"checkpoint is of step {self.folder.saved:,}, with the weights of step {min(first, self.folder.saved):,}; try a lower train.lr, "
-            "train.grad_clip or train.precision=fp32 in a new run with train.init_from"
+            f"checkpoint is of step {self.folder.saved:,}, with the weights of step {min(first, self.folder.saved):,}; "
+            "try a lower train.lr, train.grad_clip or train.precision=fp32 in a new run with train.init_from"
         )
 
 
