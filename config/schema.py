@@ -192,7 +192,7 @@ class MLP(Network):
 
 
 class Distance(Section):
-    """The distance between the two outputs of a pair."""
+    """The loss's distance: between the two outputs of a pair, or (CMT) to the end of a trajectory."""
 
     metric: Literal["l1", "l2", "lpips", "pseudo_huber"] = "l2"
     """Distance d of the loss. lpips (CMT's in its paper) needs VGG16's weights; images are not resized for it."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from sampler import Model, NoiseAt, multistep
 
@@ -80,14 +81,11 @@ def super_resolution(factor: int) -> Constraint:
     axes = orthogonal(torch.ones(factor**2))
 
     def A(x: torch.Tensor) -> torch.Tensor:
-        b, c, h, w = x.shape
-        blocks = x.reshape(b, c, h // factor, factor, w // factor, factor).transpose(3, 4).flatten(4)
-        return blocks @ axes.to(x)
+        blocks = F.pixel_unshuffle(x, factor).unflatten(1, (-1, factor**2))  # (B, C, factor^2, rows, columns)
+        return blocks.movedim(2, 4).contiguous() @ axes.to(x)
 
     def A_inverse(y: torch.Tensor) -> torch.Tensor:
-        b, c, rows, columns, _ = y.shape
-        blocks = (y @ axes.to(y)).unflatten(4, (factor, factor)).transpose(3, 4)
-        return blocks.reshape(b, c, rows * factor, columns * factor)
+        return F.pixel_shuffle((y @ axes.to(y)).movedim(4, 2).flatten(1, 2), factor)
 
     return Constraint(A, A_inverse, torch.arange(factor**2) == 0)
 
@@ -162,7 +160,7 @@ def interpolate(
 def slerp(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Along the great circle from a to b (B, ...), each sample by its own angle and weight (B,)."""
     shape = (-1, *[1] * (a.ndim - 1))
-    cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
+    cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)
     angle = cosine.acos().clamp(1e-4, math.pi - 1e-4).view(shape)  # not 0 / 0 where a is b or -b
     alpha = weights.to(angle).view(shape)
     return (((1 - alpha) * angle).sin() * a + (alpha * angle).sin() * b) / angle.sin()

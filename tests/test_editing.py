@@ -8,7 +8,7 @@ from PIL import Image
 
 import data
 import edit
-from sampling import editing
+from sampling import editing, tasks
 from training import trainer
 
 CASE = {name: array.double() for name, array in golden("editing").items()}
@@ -352,7 +352,7 @@ def drawings():
 
 @pytest.mark.parametrize("name", drawings())
 def test_mask_files(name, tmp_path, capsys):
-    fill = edit.mask(str(save(tmp_path / name, drawings()[name])), (16, 16), 8)
+    fill = tasks.mask(str(save(tmp_path / name, drawings()[name])), (16, 16), 8)
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[:, :4] = True
     assert torch.equal(fill, expected) and "32 of 64 pixels" in capsys.readouterr().out
@@ -362,11 +362,11 @@ def test_a_16_bit_mask(tmp_path):
     deep = np.zeros((8, 8), np.uint16)
     deep[:2] = 65535
     Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert edit.mask(str(tmp_path / "deep.png"), (8, 8), 8).sum() == 16
+    assert tasks.mask(str(tmp_path / "deep.png"), (8, 8), 8).sum() == 16
 
 
 def test_a_box_is_cropped_and_resized_with_its_input():
-    fill = edit.mask("8,0,12,4", (32, 16), 8)  # the central 16 x 16 pixels start at 8
+    fill = tasks.mask("8,0,12,4", (32, 16), 8)  # the central 16 x 16 pixels start at 8
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[:2, :2] = True
     assert torch.equal(fill, expected)
@@ -377,7 +377,7 @@ def test_input_and_mask_are_upright(turn, size, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = turn
     path = save(tmp_path / "a.jpg", np.zeros((8, 12, 3)), exif=exif)
-    assert edit.picture(path, "--input").size == size
+    assert tasks.picture(path, "--input").size == size
 
 
 @pytest.mark.parametrize(
