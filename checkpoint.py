@@ -2,9 +2,7 @@
 
 import sys
 
-from checkpoints import CheckpointError, load, load_model
-
-__all__ = ["CheckpointError", "load", "load_model"]
+from checkpoints import CheckpointError, load, load_model  # noqa: F401 (what scripts import from here)
 
 if __name__ == "__main__":
     import convert

@@ -14,30 +14,22 @@ from checkpoints.state import CheckpointError
 
 Weights = dict[str, Tensor]
 State = dict[str, Any]
+Blocks = dict[str, tuple[str, str]]  # our block -> (their residual block, their attention)
 
 
-def new_state(
-    raw: dict[str, Any],  # settings, to be checked here
-    shape: dict[str, Any],  # what networks.build takes of the data
-    weights: Weights,  # model_from checks them
-    path: Path,
-) -> State:
-    """A checkpoint's state at step 0; classes count the same, as the training images are not here to be counted."""
+def new_state(raw: dict[str, Any], shape: dict[str, Any], weights: Weights, path: Path) -> State:
+    """A checkpoint's state at step 0; classes count the same, as the training images are not here to be counted.
+
+    raw, the settings, and shape, what networks.build takes of the data, are checked here; weights by model_from.
+    """
     raw = {"run": {"name": re.sub(r"[^\w.-]", "-", path.stem) or "imported"}, **raw}
     cfg = config.parse(raw, lambda key: f"{path} (its settings)")
     sizes = [size for value in shape.values() for size in (value if isinstance(value, list) else [value])]
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise CheckpointError(f"{path}: its sizes are no whole numbers: {short(shape)}")
-    return {
-        "step": 0,
-        "config": cfg.model_dump(),
-        "data": {"shape": shape, "class_counts": [1] * shape.get("label_dim", 0) or None, "scaling": None},
-        "model": weights,
-        "ema": [weights],
-        "objective": {},
-        "optimizer": {},
-        "scaler": {},
-    }
+    data = {"shape": shape, "class_counts": [1] * shape.get("label_dim", 0) or None, "scaling": None}
+    untrained = {"objective": {}, "optimizer": {}, "scaler": {}}
+    return {"step": 0, "config": cfg.model_dump(), "data": data, "model": weights, "ema": [weights], **untrained}
 
 
 def data_section(shape: dict[str, Any], path: str | None = None) -> dict[str, Any]:
@@ -61,12 +53,11 @@ def defaults(name: str) -> dict[str, Any]:
     return {"name": name, **settings, "label_dropout": 0.0}  # which is training's to do
 
 
-def layer_names(
-    net: networks.DhariwalUNet,
-    blocks: dict[str, tuple[str, str]],  # our block -> (their residual block, their attention)
-    table: dict[str, str],  # our layers, within a block or outside of any -> theirs
-) -> dict[str, str]:
-    """Our parameters' names -> theirs. Filters are constants and have no name there."""
+def layer_names(net: networks.DhariwalUNet, blocks: Blocks, table: dict[str, str]) -> dict[str, str]:
+    """Our parameters' names -> theirs. Filters are constants and have no name there.
+
+    table: our layers, within a block or outside of any -> theirs.
+    """
     names = {}
     for name, _ in net.named_parameters():
         layer, leaf = name.rsplit(".", 1)

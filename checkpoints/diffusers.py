@@ -7,15 +7,16 @@ from typing import Any
 import torch
 
 import networks
-from checkpoints.common import State, Weights, defaults, layer_names, package
+from checkpoints.common import Blocks, State, Weights, defaults, layer_names, package
 from checkpoints.state import CheckpointError
 
 NAMES = {
-    **{"map_layer0": "time_embedding.linear_1", "map_layer1": "time_embedding.linear_2"},
     **{
+        "map_layer0": "time_embedding.linear_1",
+        "map_layer1": "time_embedding.linear_2",
         "map_label": "class_embedding",
-        "map_augment": "",
-    },  # no counterpart; without augmentation labels it does nothing
+    },
+    "map_augment": "",  # no counterpart; without augmentation labels it does nothing
     **{"norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1": "norm2", "conv1": "conv2"},
     **{"skip": "conv_shortcut", "norm2": "group_norm", "qkv": "qkv", "proj": "to_out.0"},
     **{"out_norm": "conv_norm_out", "out_conv": "conv_out"},
@@ -100,9 +101,9 @@ def _weights(model: torch.nn.Module) -> Weights:
     names = layer_names(net, _blocks(net), NAMES)
     weights = {}
     for name, theirs in names.items():
+        value = own[name]
         if name.startswith("model.map_augment."):
             continue
-        value = own[name]
         if ".qkv." in name:
             heads = net.get_submodule(name.removeprefix("model.").split(".qkv.")[0]).num_heads
             for i, letter in enumerate("qkv"):
@@ -115,8 +116,8 @@ def _weights(model: torch.nn.Module) -> Weights:
     return {name: value.contiguous() for name, value in weights.items()}
 
 
-def _blocks(net: networks.DhariwalUNet) -> dict[str, tuple[str, str]]:
-    """Our blocks -> (residual block, attention) of diffusers' UNet2DModel, which numbers them level by level."""
+def _blocks(net: networks.DhariwalUNet) -> Blocks:
+    """Our blocks as those of diffusers' UNet2DModel, which numbers them level by level."""
     blocks = {}
     for half, side, resampler in (("enc", "down", "downsamplers"), ("dec", "up", "upsamplers")):
         level, i = 0, 0

@@ -5,16 +5,34 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.common import State, data_section, defaults, new_state, short
-from checkpoints.pickles import Record, weights_of
+from checkpoints.pickles import Record, load, weights_of
 from checkpoints.state import CheckpointError
+from config import ConfigError
 
 ARGUMENTS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max", "sigma_data")
 NETWORKS = {"SongUNet": "song_unet", "DhariwalUNet": "dhariwal_unet"}
 
 
-def state_from(content: dict[str, Any], path: Path) -> State:
-    """The state of an EDMPrecond, content["ema"], and of what the pickle says of its data."""
-    ema = content["ema"]
+def read(path: Path) -> tuple[State, list[str]]:
+    """The EMA network in a network-snapshot-*.pkl, as a state, and notes for the user. Raises CheckpointError."""
+    try:
+        content = load(path)
+        ema = content.get("ema") if isinstance(content, dict) else None
+        if not isinstance(ema, Record):
+            raise CheckpointError(f"{path}: holds no network named 'ema', as EDM's network-snapshot-*.pkl do")
+        if ema.name != "EDMPrecond":
+            raise CheckpointError(f"{path}: its network is of class {short(ema.name)}; only EDMPrecond is supported")
+        state = _state(ema, content, path)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path}: is no whole EDM pickle ({type(error).__name__}: {short(error)})") from None
+    note = f"set data.path in the settings: they say {state['config']['data']['path']}, where EDM read its images"
+    return state, [note]
+
+
+def _state(ema: Record, content: dict[str, Any], path: Path) -> State:
+    """The state of an EDMPrecond and of what the pickle says of its data."""
     given = {**dict(zip(ARGUMENTS, ema.state["_init_args"], strict=False)), **ema.state["_init_kwargs"]}
     shape = {"resolution": given.pop("img_resolution"), "channels": given.pop("img_channels")}
     shape |= {"label_dim": given.pop("label_dim", 0), "augment_dim": given.pop("augment_dim", 0)}

@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 
 import config
-from checkpoints import diffusers, edm, onnx, openai, pickles, safetensors
-from checkpoints.common import State, short
+from checkpoints import diffusers, edm, onnx, openai, safetensors
+from checkpoints.common import State
 from checkpoints.disk import write_atomically
 from checkpoints.state import CheckpointError, config_of, load, model_from, write_state
 
 LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files began before they were zips
-PICKLED = {"EDMPrecond": edm.state_from}  # by the class of the network in the pickle
 EXPORTS = {"diffusers": diffusers.export, "safetensors": safetensors.export, "onnx": onnx.export}
 
 
@@ -50,27 +49,8 @@ def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
     if head[8:9] == b"{":
         return safetensors.read(path), []
     if head.startswith(b"\x80"):
-        return read_pickle(path)
+        return edm.read(path)
     raise CheckpointError(f"{path}: is none of EDM's pickles, OpenAI's .pt files and safetensors files")
-
-
-def read_pickle(path: Path) -> tuple[State, list[str]]:
-    """The EMA network in a network-snapshot-*.pkl of EDM's kind, as a state, and notes for the user."""
-    try:
-        content = pickles.load(path)
-        ema = content.get("ema") if isinstance(content, dict) else None
-        if not isinstance(ema, pickles.Record):
-            raise CheckpointError(f"{path}: holds no network named 'ema', as EDM's network-snapshot-*.pkl do")
-        if ema.name not in PICKLED:
-            known = ", ".join(PICKLED)
-            raise CheckpointError(f"{path}: its network is of class {short(ema.name)}; only {known} is supported")
-        state = PICKLED[ema.name](content, path)
-    except config.ConfigError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{path}: is no whole EDM pickle ({type(error).__name__}: {short(error)})") from None
-    note = f"set data.path in the settings: they say {state['config']['data']['path']}, where EDM read its images"
-    return state, [note]
 
 
 def export_checkpoint(source: str | Path, folder: str | Path, to: str) -> list[str]:

@@ -19,25 +19,26 @@ def export(model: torch.nn.Module, state: State, folder: Path) -> list[str]:
     for name in ("onnx", "onnxscript"):
         package(name, "--to onnx")
     size = model.img_resolution
-    inputs = [torch.randn(2, model.img_channels, size, size), torch.tensor([1.0, 10.0])]
-    names = ["x", "sigma"]
+    inputs = {"x": torch.randn(2, model.img_channels, size, size), "sigma": torch.tensor([1.0, 10.0])}
     if model.label_dim:
-        inputs.append(torch.eye(model.label_dim)[torch.arange(2) % model.label_dim])
-        names.append("class_labels")
+        inputs["class_labels"] = torch.eye(model.label_dim)[torch.arange(2) % model.label_dim]
     batch = torch.export.Dim("batch")
+    names = {
+        "input_names": list(inputs),
+        "output_names": ["D"],
+        "dynamic_shapes": {name: {0: batch} for name in inputs},
+    }
     large = sum(value.nbytes for value in model.state_dict().values()) >= 1.5 * 2**30
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own internals
         torch.onnx.export(
             model,
-            tuple(inputs),
+            tuple(inputs.values()),
             folder / "model.onnx",
-            input_names=names,
-            output_names=["D"],
-            dynamic_shapes={name: {0: batch} for name in names},
             dynamo=True,
             external_data=large,
             verbose=False,
+            **names,
         )
     top = model.sigma_max
-    return [f"model.onnx: {', '.join(names)} -> D, float32; one step is D({top:g} z, {top:g}), z normal"]
+    return [f"model.onnx: {', '.join(inputs)} -> D, float32; one step is D({top:g} z, {top:g}), z normal"]

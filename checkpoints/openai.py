@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 import networks
-from checkpoints.common import State, Weights, data_section, defaults, layer_names, new_state, short, unpicklable
+from checkpoints.common import (
+    Blocks,
+    State,
+    Weights,
+    data_section,
+    defaults,
+    layer_names,
+    new_state,
+    short,
+    unpicklable,
+)
 from checkpoints.state import CheckpointError
 from config import ConfigError
 
@@ -33,8 +43,8 @@ def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
     told, notes = _arch(arch)
     try:
         shape, network = _network(weights, told, path)
-        raw = {"data": data_section(shape), "network": network}
-        raw["objective"] = {"name": "ct" if network["precond"] == "cm" else "edm"}
+        objective = {"name": "ct" if network["precond"] == "cm" else "edm"}
+        raw = {"data": data_section(shape), "network": network, "objective": objective}
         state = new_state(raw, shape, {}, path)
         model = networks.build(state["config"]["network"], **shape)
         state["model"] = _renamed(weights, model, path)
@@ -151,8 +161,8 @@ def _renamed(weights: Weights, model: torch.nn.Module, path: Path) -> Weights:
     return own
 
 
-def _blocks(net: networks.DhariwalUNet) -> dict[str, tuple[str, str]]:
-    """Our blocks -> (residual block, attention) of OpenAI's UNet, which numbers them in the order of use."""
+def _blocks(net: networks.DhariwalUNet) -> Blocks:
+    """Our blocks as those of OpenAI's UNet, which numbers them in the order of use."""
     blocks = {f"enc.{name}": (f"input_blocks.{i}.0", f"input_blocks.{i}.1") for i, name in enumerate(net.enc)}
     i, attentive = -1, False
     for name, block in net.dec.items():

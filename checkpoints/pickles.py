@@ -1,7 +1,5 @@
 """A pickle as data: read into tensors, plain containers and inert records. Nothing that it names is run."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import re
@@ -30,8 +28,8 @@ class Record:
     name = ""
     state: Any = None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Record:
-        return super().__new__(cls)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what the class took, and drop it."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

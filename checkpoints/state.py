@@ -85,15 +85,14 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if path.exists() and not path.is_file():  # a pipe could be read for ever
         raise CheckpointError(f"{path}: is no file")
     try:
-        _refuse_damage(path)
-        state = torch.load(path, map_location=device, weights_only=True)
-    except CheckpointError:
-        raise
+        problem = _damage(path)
+        state = None if problem else torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such checkpoint") from None
+        problem = "there is no such checkpoint"
     except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path}: not a whole checkpoint of this project ({reason})") from None
+        problem = f"not a whole checkpoint of this project ({' '.join(str(error).split())[:120]})"
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of this project (it has no format number)")
     if type(state["format"]) is not int or state["format"] != FORMAT:
@@ -104,25 +103,24 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     return state
 
 
-def _refuse_damage(path: Path) -> None:
-    """Raise for a file that is not as it was written, or that unpacks to more than its size, as none of ours does."""
+def _damage(path: Path) -> str:
+    """How a file is not as it was written, or that it unpacks to more than its size, as none of ours does; else ""."""
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
-            raise CheckpointError(f"{path}: not a whole checkpoint of this project (File is not a zip file)")
+            return "not a whole checkpoint of this project (File is not a zip file)"
         size = file.seek(0, os.SEEK_END)
         file.seek(size - 22)
         end = file.read()
         bare = end.startswith(b"PK\5\6") and end.endswith(b"\0\0")  # no comment: torch.save's own, as ours once were
         if not bare and _checksum(file, size - CHECKSUM) != file.read():  # before anything of it is used
-            raise CheckpointError(f"{path}: damaged: its checksum is wrong; use another checkpoint")
-        archive, problem = zipfile.ZipFile(file), ""
+            return "damaged: its checksum is wrong; use another checkpoint"
+        archive = zipfile.ZipFile(file)
         members = archive.infolist()
         if any(member.compress_type for member in members) or sum(member.file_size for member in members) > size:
-            problem = "refused: it unpacks to more than its size, which no checkpoint of ours does"
-        elif bare and (damaged := archive.testzip()):
-            problem = f"damaged: the checksum of {damaged} is wrong; use another checkpoint"
-        if problem:
-            raise CheckpointError(f"{path}: {problem}")
+            return "refused: it unpacks to more than its size, which no checkpoint of ours does"
+        if bare and (damaged := archive.testzip()):
+            return f"damaged: the checksum of {damaged} is wrong; use another checkpoint"
+    return ""
 
 
 def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:

@@ -6,7 +6,7 @@ Both are called as `network(x, c_noise, class_labels=None, augment_labels=None, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +24,7 @@ from .layers import (
     xavier,
 )
 
-
-def _level_resolutions(img_resolution: int, channel_mult: Sequence[int]) -> list[int]:
-    factor = 2 ** (len(channel_mult) - 1)
-    if img_resolution % factor:
-        raise ValueError(
-            f"resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times (channel_mult has "
-            f"{len(channel_mult)} levels); take fewer levels or a resolution divisible by {factor}"
-        )
-    return [img_resolution >> level for level in range(len(channel_mult))]
+ZERO_SCALE = 1e-5  # "zero" initialisation: small, so that gradients reach every layer at once
 
 
 def dropout_keys_of(net: nn.Module, x: Tensor, keys: Tensor | None) -> Tensor | None:
@@ -42,13 +34,94 @@ def dropout_keys_of(net: nn.Module, x: Tensor, keys: Tensor | None) -> Tensor | 
     return torch.randint(2**31, (len(x),), device=x.device) if keys is None else keys
 
 
-def _number(net: nn.Module) -> None:
-    """Tell the blocks their places."""
-    for place, block in enumerate(m for m in net.modules() if isinstance(m, UNetBlock)):
-        block.layer = place
+class UNet(nn.Module):
+    """What both share: levels of residual blocks down and up again, joined by skip connections, and the way through."""
+
+    def __init__(
+        self, img_resolution: int, img_channels: int, label_dim: int, augment_dim: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.label_dim, self.augment_dim, self.dropout = label_dim, augment_dim, dropout
+
+    def _add_levels(
+        self,
+        block: Callable[..., UNetBlock],  # block(cin, cout, attention=False, resample=None)
+        first: nn.Module,  # the first convolution
+        widths: Sequence[int],  # channels of each level
+        num_blocks: int,
+        attends: Callable[[int, int | None], bool],  # (resolution, the decoder's block or None) -> attention there
+    ) -> None:
+        factor = 2 ** (len(widths) - 1)
+        if self.img_resolution % factor:
+            raise ValueError(
+                f"resolution {self.img_resolution} cannot be halved {len(widths) - 1} times (channel_mult has "
+                f"{len(widths)} levels); take fewer levels or a resolution divisible by {factor}"
+            )
+        self.num_blocks = num_blocks
+        self.resolutions = [self.img_resolution >> level for level in range(len(widths))]
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        skips: list[int] = []
+        for res, width in zip(self.resolutions, widths, strict=True):
+            at = f"{res}x{res}"
+            if res == self.img_resolution:
+                self.enc[f"{at}_conv"], channels = first, first.out_channels
+            else:
+                self.enc[f"{at}_down"] = block(channels, channels, resample="down")
+                self._extend_down(at, channels)
+            skips.append(channels)
+            for i in range(num_blocks):
+                self.enc[f"{at}_block{i}"] = block(channels, width, attention=attends(res, None))
+                channels = width
+                skips.append(channels)
+        for res, width in zip(reversed(self.resolutions), reversed(widths), strict=True):
+            at = f"{res}x{res}"
+            if res == self.resolutions[-1]:
+                self.dec[f"{at}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{at}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{at}_up"] = block(channels, channels, resample="up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{at}_block{i}"] = block(channels + skips.pop(), width, attention=attends(res, i))
+                channels = width
+            self._extend_up(at, channels)
+        for place, unet_block in enumerate(m for m in self.modules() if isinstance(m, UNetBlock)):
+            unet_block.layer = place
+
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> Tensor:
+        keys = dropout_keys_of(self, x, dropout_keys)
+        with torch.autocast(x.device.type, enabled=False):  # float32, as in EDM
+            emb = self.embed(c_noise, class_labels, augment_labels)
+        enc, dec = self.enc, self.dec
+        aux, out, skips = x, None, []
+        for res in self.resolutions:
+            at = f"{res}x{res}"
+            if res == self.img_resolution:
+                x = enc[f"{at}_conv"](x)
+            else:
+                x, aux = self._down(at, enc[f"{at}_down"](x, emb, keys), aux)
+            skips.append(x)
+            for i in range(self.num_blocks):
+                x = enc[f"{at}_block{i}"](x, emb, keys)
+                skips.append(x)
+        for res in reversed(self.resolutions):
+            at = f"{res}x{res}"
+            for name in ("in0", "in1") if res == self.resolutions[-1] else ("up",):
+                x = dec[f"{at}_{name}"](x, emb, keys)
+            for i in range(self.num_blocks + 1):
+                x = dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb, keys)
+            out = self._out(at, x, out)
+        return out
 
 
-class SongUNet(nn.Module):
+class SongUNet(UNet):
     """DDPM++ (the defaults) and NCSN++ (fourier, residual, [1, 3, 3, 1], channel_mult_noise 2)."""
 
     def __init__(
@@ -73,7 +146,7 @@ class SongUNet(nn.Module):
         scale_shift_norm: bool = False,  # the embedding scales and shifts (AdaGN) instead of being added
         pixel_norm: bool = False,  # normalise that scale and shift over channels (sCM)
     ) -> None:
-        super().__init__()
+        super().__init__(img_resolution, in_channels, label_dim, augment_dim, dropout)
         for name, value, known in (
             ("embedding_type", embedding_type, ("positional", "fourier")),
             ("encoder_type", encoder_type, ("standard", "residual", "skip")),
@@ -81,19 +154,10 @@ class SongUNet(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-        self.img_resolution = img_resolution
-        self.img_channels = in_channels
-        self.label_dim = label_dim
-        self.augment_dim = augment_dim
-        self.dropout = dropout
-        self.encoder_type = encoder_type
-        self.decoder_type = decoder_type
-        self.num_blocks = num_blocks
-        self.resolutions = _level_resolutions(img_resolution, channel_mult)
-
+        self.encoder_type, self.decoder_type, self.resample_filter = encoder_type, decoder_type, resample_filter
+        self.aux_channels, self.out_channels = in_channels, out_channels
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        zero_scale = 1e-5  # "zero" initialisation: small, so that gradients reach every layer at once
 
         def block(cin: int, cout: int, attention: bool = False, resample: str | None = None) -> UNetBlock:
             return UNetBlock(
@@ -101,7 +165,7 @@ class SongUNet(nn.Module):
                 cout,
                 emb_channels=emb_channels,
                 init=xavier,
-                zero_scale=zero_scale,
+                zero_scale=ZERO_SCALE,
                 attention_scale=math.sqrt(0.2),
                 eps=1e-6,
                 num_heads=int(attention),
@@ -125,47 +189,41 @@ class SongUNet(nn.Module):
         self.map_layer0 = initialised(nn.Linear(noise_channels, emb_channels), xavier)
         self.map_layer1 = initialised(nn.Linear(emb_channels, emb_channels), xavier)
 
+        first = initialised(nn.Conv2d(in_channels, model_channels, 3, padding=1), xavier)
         widths = [model_channels * mult for mult in channel_mult]
-        self.enc = nn.ModuleDict()
-        channels = aux_channels = in_channels
-        skips: list[int] = []
-        for res, width in zip(self.resolutions, widths, strict=True):
-            if res == img_resolution:
-                self.enc[f"{res}x{res}_conv"] = initialised(nn.Conv2d(channels, model_channels, 3, padding=1), xavier)
-                channels = model_channels
-            else:
-                self.enc[f"{res}x{res}_down"] = block(channels, channels, resample="down")
-                if encoder_type == "skip":
-                    self.enc[f"{res}x{res}_aux_down"] = Resample("down", resample_filter)
-                    self.enc[f"{res}x{res}_aux_skip"] = initialised(nn.Conv2d(aux_channels, channels, 1), xavier)
-                if encoder_type == "residual":
-                    aux = ResampleConv(aux_channels, channels, 3, "down", resample_filter, filter_last=True)
-                    self.enc[f"{res}x{res}_aux_residual"] = initialised(aux, xavier)
-                    aux_channels = channels
-            skips.append(channels)
-            for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = block(channels, width, attention=res in attn_resolutions)
-                channels = width
-                skips.append(channels)
+        attends = lambda res, i: res in attn_resolutions and i in (None, num_blocks)  # noqa: E731
+        self._add_levels(block, first, widths, num_blocks, attends)
 
-        self.dec = nn.ModuleDict()
-        for res, width in zip(reversed(self.resolutions), reversed(widths), strict=True):
-            if res == self.resolutions[-1]:
-                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(channels, channels, resample="up")
-            for i in range(num_blocks + 1):
-                attention = i == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), width, attention)
-                channels = width
-            if decoder_type == "skip" and res != self.resolutions[-1]:
-                self.dec[f"{res}x{res}_aux_up"] = Resample("up", resample_filter)
-            if decoder_type == "skip" or res == img_resolution:
-                self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(channels, eps=1e-6)
-                out = nn.Conv2d(channels, out_channels, 3, padding=1)
-                self.dec[f"{res}x{res}_aux_conv"] = initialised(out, xavier, zero_scale)
-        _number(self)
+    def _extend_down(self, at: str, channels: int) -> None:
+        if self.encoder_type == "skip":
+            self.enc[f"{at}_aux_down"] = Resample("down", self.resample_filter)
+            self.enc[f"{at}_aux_skip"] = initialised(nn.Conv2d(self.aux_channels, channels, 1), xavier)
+        if self.encoder_type == "residual":
+            aux = ResampleConv(self.aux_channels, channels, 3, "down", self.resample_filter, filter_last=True)
+            self.enc[f"{at}_aux_residual"] = initialised(aux, xavier)
+            self.aux_channels = channels
+
+    def _extend_up(self, at: str, channels: int) -> None:
+        if self.decoder_type == "skip" and f"{at}_in0" not in self.dec:
+            self.dec[f"{at}_aux_up"] = Resample("up", self.resample_filter)
+        if self.decoder_type == "skip" or f"{at}_conv" in self.enc:
+            self.dec[f"{at}_aux_norm"] = GroupNorm(channels, eps=1e-6)
+            out = nn.Conv2d(channels, self.out_channels, 3, padding=1)
+            self.dec[f"{at}_aux_conv"] = initialised(out, xavier, ZERO_SCALE)
+
+    def _down(self, at: str, x: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+        if self.encoder_type == "skip":
+            aux = self.enc[f"{at}_aux_down"](aux)
+            x = x + self.enc[f"{at}_aux_skip"](aux)
+        if self.encoder_type == "residual":
+            x = aux = (x + self.enc[f"{at}_aux_residual"](aux)) * math.sqrt(0.5)
+        return x, aux
+
+    def _out(self, at: str, x: Tensor, out: Tensor | None) -> Tensor | None:
+        if f"{at}_aux_conv" not in self.dec:
+            return None
+        y = self.dec[f"{at}_aux_conv"](F.silu(self.dec[f"{at}_aux_norm"](x)))
+        return y if out is None else y + self.dec[f"{at}_aux_up"](out)
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """(B, emb_channels) from the noise level and the labels."""
@@ -178,54 +236,8 @@ class SongUNet(nn.Module):
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor:
-        keys = dropout_keys_of(self, x, dropout_keys)
-        with torch.autocast(x.device.type, enabled=False):  # float32, as in EDM
-            emb = self.embed(c_noise, class_labels, augment_labels)
-        enc, dec = self.enc, self.dec
 
-        aux = x
-        skips: list[Tensor] = []
-        for res in self.resolutions:
-            at = f"{res}x{res}"
-            if res == self.img_resolution:
-                x = enc[f"{at}_conv"](x)
-            else:
-                x = enc[f"{at}_down"](x, emb, keys)
-                if self.encoder_type == "skip":
-                    aux = enc[f"{at}_aux_down"](aux)
-                    x = x + enc[f"{at}_aux_skip"](aux)
-                if self.encoder_type == "residual":
-                    x = aux = (x + enc[f"{at}_aux_residual"](aux)) * math.sqrt(0.5)
-            skips.append(x)
-            for i in range(self.num_blocks):
-                x = enc[f"{at}_block{i}"](x, emb, keys)
-                skips.append(x)
-
-        out: Tensor | None = None
-        for res in reversed(self.resolutions):
-            at = f"{res}x{res}"
-            if res == self.resolutions[-1]:
-                x = dec[f"{at}_in0"](x, emb, keys)
-                x = dec[f"{at}_in1"](x, emb, keys)
-            else:
-                x = dec[f"{at}_up"](x, emb, keys)
-            for i in range(self.num_blocks + 1):
-                x = dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb, keys)
-            if self.decoder_type == "skip" or res == self.img_resolution:
-                y = dec[f"{at}_aux_conv"](F.silu(dec[f"{at}_aux_norm"](x)))
-                out = y if out is None else y + dec[f"{at}_aux_up"](out)
-        return out
-
-
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(UNet):
     """ADM: multi-head attention, adaptive group norm, plain residual sums.
 
     As in EDM, a level with fewer channels than channels_per_head has no attention, whatever attn_resolutions says.
@@ -249,15 +261,7 @@ class DhariwalUNet(nn.Module):
         norm_groups: int | None = None,  # groups of every group norm; None: min(32, channels // 4)
         pixel_norm: bool = False,  # normalise that scale and shift over channels (sCM)
     ) -> None:
-        super().__init__()
-        self.img_resolution = img_resolution
-        self.img_channels = in_channels
-        self.label_dim = label_dim
-        self.augment_dim = augment_dim
-        self.dropout = dropout
-        self.num_blocks = num_blocks
-        self.resolutions = _level_resolutions(img_resolution, channel_mult)
-
+        super().__init__(img_resolution, in_channels, label_dim, augment_dim, dropout)
         emb_channels = model_channels * channel_mult_emb
 
         def block(cin: int, cout: int, attention: bool = False, resample: str | None = None) -> UNetBlock:
@@ -287,34 +291,21 @@ class DhariwalUNet(nn.Module):
             nn.init.normal_(self.map_label.weight)  # one row per class, like an embedding table
 
         widths = [model_channels * mult for mult in channel_mult]
-        self.enc = nn.ModuleDict()
-        channels = in_channels
-        skips: list[int] = []
-        for res, width in zip(self.resolutions, widths, strict=True):
-            if res == img_resolution:
-                self.enc[f"{res}x{res}_conv"] = initialised(nn.Conv2d(channels, width, 3, padding=1), kaiming)
-                channels = width
-            else:
-                self.enc[f"{res}x{res}_down"] = block(channels, channels, resample="down")
-            skips.append(channels)
-            for i in range(num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = block(channels, width, attention=res in attn_resolutions)
-                channels = width
-                skips.append(channels)
+        first = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1), kaiming)
+        self._add_levels(block, first, widths, num_blocks, lambda res, i: res in attn_resolutions)
+        self.out_norm = GroupNorm(widths[0], eps=1e-5, groups=norm_groups)
+        self.out_conv = initialised(nn.Conv2d(widths[0], out_channels, 3, padding=1), kaiming, 0.0)
 
-        self.dec = nn.ModuleDict()
-        for res, width in zip(reversed(self.resolutions), reversed(widths), strict=True):
-            if res == self.resolutions[-1]:
-                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(channels, channels, resample="up")
-            for i in range(num_blocks + 1):
-                self.dec[f"{res}x{res}_block{i}"] = block(channels + skips.pop(), width, res in attn_resolutions)
-                channels = width
-        self.out_norm = GroupNorm(channels, eps=1e-5, groups=norm_groups)
-        self.out_conv = initialised(nn.Conv2d(channels, out_channels, 3, padding=1), kaiming, 0.0)
-        _number(self)
+    def _extend_down(self, at: str, channels: int) -> None:
+        """Nothing beside the blocks."""
+
+    _extend_up = _extend_down
+
+    def _down(self, at: str, x: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
+        return x, aux
+
+    def _out(self, at: str, x: Tensor, out: Tensor | None) -> Tensor | None:
+        return self.out_conv(F.silu(self.out_norm(x))) if f"{at}_conv" in self.enc else None
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """(B, emb_channels) from the noise level and the labels."""
@@ -325,36 +316,3 @@ class DhariwalUNet(nn.Module):
         if self.label_dim and class_labels is not None:
             emb = emb + self.map_label(class_labels)
         return F.silu(emb)
-
-    def forward(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor:
-        keys = dropout_keys_of(self, x, dropout_keys)
-        with torch.autocast(x.device.type, enabled=False):  # float32, as in EDM
-            emb = self.embed(c_noise, class_labels, augment_labels)
-        enc, dec = self.enc, self.dec
-
-        skips: list[Tensor] = []
-        for res in self.resolutions:
-            at = f"{res}x{res}"
-            x = enc[f"{at}_conv"](x) if res == self.img_resolution else enc[f"{at}_down"](x, emb, keys)
-            skips.append(x)
-            for i in range(self.num_blocks):
-                x = enc[f"{at}_block{i}"](x, emb, keys)
-                skips.append(x)
-
-        for res in reversed(self.resolutions):
-            at = f"{res}x{res}"
-            if res == self.resolutions[-1]:
-                x = dec[f"{at}_in0"](x, emb, keys)
-                x = dec[f"{at}_in1"](x, emb, keys)
-            else:
-                x = dec[f"{at}_up"](x, emb, keys)
-            for i in range(self.num_blocks + 1):
-                x = dec[f"{at}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb, keys)
-        return self.out_conv(F.silu(self.out_norm(x)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -111,14 +112,10 @@ def describe(entry: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        entries = json.loads(path.read_text())
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        entries = json.loads(path.read_text()) if path.exists() else {}
         if isinstance(entries, dict) and all(key.isdecimal() for key in entries):
             return entries
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):
-        pass
     raise ConfigError(f"{path}: is no list of noise levels; delete it, and search again")
 
 

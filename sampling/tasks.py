@@ -76,7 +76,8 @@ def chosen_classes(args: argparse.Namespace, num: int, model: Preconditioner) ->
 def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: Path, steps: int) -> Problem:
     """Read one input, bring it to the model's size and channels, and settle what an edit may see of it."""
     resolution, factor = model.img_resolution, args.factor or 1
-    small = args.task == "superres" and min(picture(path, "--input").size) < resolution
+    size = picture(path, "--input").size
+    small = args.task == "superres" and min(size) < resolution
     image = read(path, resolution // factor if small else resolution, model.img_channels)
     if small:
         image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
@@ -85,7 +86,7 @@ def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: 
 
     constraint, seen = None, image
     if args.task == "inpaint":
-        constraint = editing.inpainting(~mask(args.mask, picture(path, "--input").size, resolution))
+        constraint = editing.inpainting(~mask(args.mask, size, resolution))
     elif args.task == "colorize":
         constraint = editing.colorisation()
     elif args.task == "superres":
@@ -105,6 +106,7 @@ def noise_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: P
     if args.sigmas is not None:
         return choices.chosen_levels(args, cfg)[0]
     low, high = plan.lowest_level(cfg), cfg.network.sigma_max
+    start = high
     if args.sigma is not None:
         if not low < args.sigma <= high:
             raise ConfigError(f"--sigma: {args.sigma} is outside what the network was trained for ({low} to {high})")
@@ -117,8 +119,6 @@ def noise_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: P
         # 2303.01469's level for strokes at 256 pixels. Noise of a level hides more of a smaller picture; below
         # sigma_data it hides little of any.
         start = min(max(5.38 * x.shape[-1] / 256, cfg.network.sigma_data), high)
-    else:
-        start = high
     return karras_sigmas(steps + 1, low, start)[:-1].tolist()
 
 

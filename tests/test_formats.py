@@ -20,7 +20,7 @@ import checkpoints
 import config
 import convert
 import networks
-from checkpoints import common, formats, openai
+from checkpoints import common, edm, formats, openai
 
 EDM = GOLDEN / "edm_checkpoint.pkl"
 OPENAI, ARCH = GOLDEN / "openai_unet.pt", GOLDEN / "openai_unet.json"
@@ -301,7 +301,7 @@ def test_what_a_pickle_can_name_it_cannot_change(tmp_path):
         stream = dumps(Named(*name))[:-1] + dumps(state)[2:-1] + b"b."
         (tmp_path / "a.pkl").write_bytes(stream)
         with pytest.raises(checkpoints.CheckpointError):
-            formats.read_pickle(tmp_path / "a.pkl")
+            edm.read(tmp_path / "a.pkl")
     assert relative_error(model_of(EDM)(*inputs()), golden("edm_checkpoint_io")["D"]) < 1e-5
 
 
@@ -320,7 +320,7 @@ def test_tensors_stay_within_their_storage(tmp_path):
     assert shape in content
     (tmp_path / "a.pkl").write_bytes(content.replace(shape, shape[:1] + bytes([33]) + shape[2:], 1))
     with pytest.raises(checkpoints.CheckpointError, match="setStorage: sizes \\[33, 9\\]"):
-        formats.read_pickle(tmp_path / "a.pkl")
+        edm.read(tmp_path / "a.pkl")
 
 
 def test_damaged_files_are_one_line(tmp_path, capsys):
@@ -347,7 +347,7 @@ def test_changed_bytes_give_one_line_or_a_model(tmp_path):
         place = 661 * i + 3  # the first 20 kB are names and settings, the rest mostly numbers
         path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << i % 8)]) + whole[place + 1 :])
         try:
-            checkpoints.model_from(formats.read_pickle(path)[0], path)
+            checkpoints.model_from(edm.read(path)[0], path)
         except config.ConfigError as error:
             assert "\n" not in str(error)
             refusals += 1
