@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +75,9 @@ class Preconditioner(nn.Module):
         x, sigma = self._cast(x, sigma)
         _, _, c_in, c_noise = self.coefficients(sigma)
         dtype = next(self.model.parameters()).dtype
-        given = self._given(x, dtype, *labels, **conditions)
+        labels, more = self._given(x, dtype, *labels, **conditions)
         with self._casting(x):
-            return self.model((_wide(c_in, x) * x).to(dtype), c_noise.to(dtype), **given)
+            return self.model((_wide(c_in, x) * x).to(dtype), c_noise.to(dtype), *labels, **more)
 
     def jvp(
         self, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor, raw: bool = False, **conditions: Tensor | None
@@ -93,18 +92,20 @@ class Preconditioner(nn.Module):
         dtype = next(self.model.parameters()).dtype
         primals = _wide(c_in, x) * x, c_noise
         tangents = _wide(c_in, x) * dx + _wide(d[2], x) * x, d[3]
-        given = self._given(x, dtype, **conditions)
-        with self._casting(x), plain_kernels():  # the fused kernel has no forward mode
-            F, dF = (self.compiled_jvp or self.network_jvp)(*(v.to(dtype) for v in (*primals, *tangents)), given)
+        places = (v.to(dtype) for v in (*primals, *tangents))
+        with self._casting(x), plain_kernels():  # the fused kernels have no forward mode
+            F, dF = (self.compiled_jvp or self.network_jvp)(*places, *self._given(x, dtype, **conditions))
         if raw:
             return F, dF
         F, dF = F.to(x.dtype), dF.to(x.dtype)
         D = _wide(c_skip, x) * x + _wide(c_out, x) * F
         return D, _wide(c_skip, x) * dx + _wide(d[0], x) * x + _wide(c_out, x) * dF + _wide(d[1], x) * F
 
-    def network_jvp(self, u: Tensor, c: Tensor, du: Tensor, dc: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def network_jvp(
+        self, u: Tensor, c: Tensor, du: Tensor, dc: Tensor, labels: tuple[Tensor | None, ...], more: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """The network's own output at (u, c) and its derivative along (du, dc)."""
-        return torch.func.jvp(lambda u, c: self.model.forward(u, c, **given), (u, c), (du, dc))
+        return torch.func.jvp(lambda u, c: self.model.forward(u, c, *labels, **more), (u, c), (du, dc))
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(c_skip, c_out, c_in, c_noise) of noise levels (B,), (B,) each."""
@@ -127,16 +128,17 @@ class Preconditioner(nn.Module):
     def _given(
         self, x: Tensor, dtype: torch.dtype, class_labels: Tensor | None = None, augment_labels: Tensor | None = None,
         condition: Tensor | None = None, dropout_keys: Tensor | None = None,
-    ) -> dict[str, Tensor | None]:  # fmt: skip
-        """What the network is given beside x and c_noise."""
-        given = {
-            "class_labels": self._labels("class_labels", class_labels, self.label_dim, x),
-            "augment_labels": self._labels("augment_labels", augment_labels, self.augment_dim, x),
-            **({} if condition is None else {"condition": condition}),
-        }
-        given = {name: None if value is None else value.to(dtype) for name, value in given.items()}
+    ) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, Tensor]]:  # fmt: skip
+        """What the network is given beside x and c_noise: the two kinds of labels, and what not every network takes."""
+        labels = (
+            self._labels("class_labels", class_labels, self.label_dim, x),
+            self._labels("augment_labels", augment_labels, self.augment_dim, x),
+        )
+        more = {} if condition is None else {"condition": condition.to(dtype)}
         keys = dropout_keys_of(self.model, x, dropout_keys)
-        return given if keys is None else {**given, "dropout_keys": keys}
+        if keys is not None:
+            more["dropout_keys"] = keys
+        return tuple(None if value is None else value.to(dtype) for value in labels), more
 
     @staticmethod
     def _cast(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

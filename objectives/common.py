@@ -61,7 +61,12 @@ def replayed(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.devi
 
 
 def along(
-    model: Model, x: torch.Tensor, sigma: torch.Tensor, dx: torch.Tensor, dsigma: torch.Tensor, **conditions
+    model: Model,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    dx: torch.Tensor,
+    dsigma: torch.Tensor,
+    **conditions: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(D, its derivative along (dx, dsigma)) at x (B, ...) and sigma (B,), without gradient; by forward mode.
 
@@ -88,7 +93,12 @@ def forward_mode(model: Model, difference: str, gap: float) -> bool:
 
 
 def step_between(
-    model: Model, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, r: torch.Tensor, **conditions
+    model: Model,
+    x: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    r: torch.Tensor,
+    **conditions: torch.Tensor | None,
 ) -> torch.Tensor:
     """D(x + t z; t) - D(x + r z; r) (B, ...) as (t - r) dD/ds at the midpoint s = (t + r) / 2; without gradient.
 
