@@ -4,11 +4,19 @@ python convert.py import SRC DST [--arch FILE.json]
 python convert.py export CKPT DIR --to diffusers|safetensors|onnx
 """
 
-import argparse
+import os
+import pickle
+import shutil
 import sys
+from pathlib import Path
 
-from checkpoints import formats
-from config import Arguments, ConfigError, exit_code, path_text
+from checkpoints import CheckpointError, config_of, edm, load, model_from, openai, write_state
+from checkpoints.common import State
+from checkpoints.disk import write_atomically
+from checkpoints.export import EXPORTS, from_safetensors
+from config import Arguments, ConfigError, dump, exit_code, path_text
+
+LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files began before they were zips
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,21 +31,78 @@ def main(argv: list[str] | None = None) -> int:
     add = commands.add_parser("export", help="write a checkpoint's EMA weights for other programs")
     add.add_argument("source", type=path_text, metavar="CKPT", help="a checkpoint of this project")
     add.add_argument("target", type=path_text, metavar="DIR", help="a new folder")
-    add.add_argument("--to", required=True, choices=tuple(formats.EXPORTS), help="what to write")
+    add.add_argument("--to", required=True, choices=tuple(EXPORTS), help="what to write")
     args = parser.parse_args(argv)
-    return exit_code(lambda: run(args))
+
+    def run() -> None:
+        try:
+            if args.command == "import":
+                lines = import_checkpoint(args.source, args.target, args.arch)
+            else:
+                lines = export_checkpoint(args.source, args.target, args.to)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise ConfigError(f"{args.target}: cannot be written: {' '.join(str(error).split())[:200]}") from None
+        print("\n".join(lines))
+
+    return exit_code(run)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Convert as the command asks."""
+def import_checkpoint(source: str | Path, target: str | Path, arch: str | Path | None = None) -> list[str]:
+    """Write the network in `source` as a checkpoint of ours, `target`, and its settings beside it, `target`.yml.
+
+    source: an EDM pickle, an OpenAI .pt file (`arch`: a JSON file with what its weights do not tell), or a safetensors
+    file of ours. Both files must be new. Returns lines for the user. Raises CheckpointError.
+    """
+    source, target = Path(source), Path(target)
+    settings = Path(f"{target}.yml")
+    for path in (target, settings):
+        if path.exists():
+            raise CheckpointError(f"{path}: is there already, and nothing is written over; name another file")
+    state, notes = read(source, arch)
+    weights = model_from(state, source).state_dict()  # complete, of the right shapes, float32
+    state |= {"model": weights, "ema": [weights]}
+    write_state(target, state)
+    write_atomically(settings, lambda file: file.write(dump(config_of(state, source)).encode()))
+    return [*notes, f"written: {target}", f"written: {settings} (its settings, for generate.py --cfg)"]
+
+
+def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
+    """The state in a file of another format, by what its first bytes say, and notes for the user."""
     try:
-        if args.command == "import":
-            lines = formats.import_checkpoint(args.source, args.target, args.arch)
-        else:
-            lines = formats.export_checkpoint(args.source, args.target, args.to)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise ConfigError(f"{args.target}: cannot be written: {' '.join(str(error).split())[:200]}") from None
-    print("\n".join(lines))
+        with open(path, "rb") as file:
+            head = file.read(len(LEGACY_TORCH))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if head.startswith(b"PK") or head == LEGACY_TORCH:
+        return openai.read(path, arch)
+    if arch is not None:
+        raise CheckpointError(f"--arch: is for OpenAI's .pt files; {path} says its own settings")
+    if head[8:9] == b"{":
+        return from_safetensors(path), []
+    if head.startswith(b"\x80"):
+        return edm.read(path)
+    raise CheckpointError(f"{path}: is none of EDM's pickles, OpenAI's .pt files and safetensors files")
+
+
+def export_checkpoint(source: str | Path, folder: str | Path, to: str) -> list[str]:
+    """Write a checkpoint's first EMA as `to` (a key of EXPORTS) into a new `folder`, whole or not at all.
+
+    Returns lines for the user. Raises CheckpointError.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is there already, and nothing is written over; name another folder")
+    state = load(source)
+    model = model_from(state, source)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        notes = EXPORTS[to](model, state, part)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return [*notes, f"written: {folder}"]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import config
@@ -22,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Train as the command asks."""
     cfg = config.load(args.cfg, args.overrides)
+    # Threads that wait for work sleep: spinning, they take the cores from each other where another program is busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
     from training import devices, trainer  # torch only for a config that is right: a typo is answered at once
 
     devices.start_ranks()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import resource
-import statistics
+import re
 import subprocess
 import sys
 import time
@@ -17,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-import checkpoints  # noqa: E402
-import data  # noqa: E402
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+import config  # noqa: E402
+from checkpoints.disk import write_atomically  # noqa: E402
+from sources.images import ImageSet  # noqa: E402
+from training.speed import flops, matmul_peak, peak_memory, seconds, wait  # noqa: E402, F401
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -53,57 +51,46 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def without_places(text: str) -> str:
+    """Text with PATH/x for every /absolute/path/to/x, and for ~/x; paths inside the repository from there on."""
+    text = text.replace(f"{ROOT}/", "")
+    return re.sub(r"(?<![\w.:/<])(~|/[\w.+-]+)(/[\w.+-]+)*/([\w.+-]+)", r"PATH/\3", text)
+
+
 def save(result: Any, path: Path) -> None:
-    checkpoints.write_atomically(path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+    """Write a result as JSON, whole or not at all; of paths on this machine it tells the last name alone."""
+    text = (without_places(json.dumps(result, indent=1)) + "\n").encode()
+    write_atomically(path, lambda file: file.write(text))
     print(f"written: {path}")
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@contextmanager
+def checkout(path: Path) -> Iterator[None]:
+    """Imports find the code in `path`, also where a package of it is called as one of ours is (training, metrics)."""
+
+    def taken() -> list[str]:
+        tops = {entry.stem for entry in path.iterdir() if entry.is_dir() or entry.suffix == ".py"}
+        return [name for name in sys.modules if name.split(".")[0] in tops]
+
+    if not path.is_dir():
+        raise config.ConfigError(f"{path}: there is no such checkout")
+    ours = {name: sys.modules.pop(name) for name in taken()}
+    sys.path.insert(0, str(path))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path))
+        for name in taken():
+            del sys.modules[name]
+        sys.modules.update(ours)
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, its device's work included."""
-    wait(device)
-    start = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - start
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors took since reset_peak_memory_stats, on a CPU the process's largest size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def matmul_peak(device: torch.device, precision: str) -> float:
-    """FLOP/s of one large square matrix product in this precision: the median of a second's worth, at least three."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(DTYPES[precision]) for _ in range(2))
-    for _ in range(2):
-        a @ b
-    times, count = [], 10 if device.type == "cuda" else 1
-    while len(times) < 3 or sum(times) < 1:
-        times.append(seconds(lambda: [a @ b for _ in range(count)], device))
-    return 2 * n**3 * count / statistics.median(times)
-
-
-def flops(call: Callable[[], Any]) -> int:
-    """Floating-point operations of a call's convolutions, matrix products and attention (a multiplication counts 2)."""
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-        call()
-    return counter.get_total_flops()
-
-
-def random_images(shape: str, count: int = 4096, classes: int = 10) -> data.Dataset:
+def random_images(shape: str, count: int = 4096, classes: int = 10) -> ImageSet:
     """A dataset of noise, so that nothing need be downloaded; shape is CxR, as 3x32."""
     channels, resolution = map(int, shape.split("x"))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, channels, resolution, resolution), generator=generator, dtype=torch.uint8)
-    return data.Dataset("noise", classes, torch.arange(count) % classes, images)
+    return ImageSet("noise", classes, torch.arange(count) % classes, images)
 
 
 class Split:

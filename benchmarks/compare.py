@@ -12,6 +12,7 @@ our weights first and must give our output. Each in float32, and under autocast 
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import sys
 import tempfile
@@ -20,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import flops, machine, peak_memory, random_images, save, seconds
+from common import checkout, flops, machine, peak_memory, random_images, save, seconds
 from torch import nn
 
 import config
 import networks
 from objectives.draws import Draws
 from objectives.ect import EasyConsistencyTuning
-from training import trainer
+from training import build, trainer
 
 Step = Callable[[], None]
 
@@ -56,7 +57,7 @@ def main() -> int:
             return 2
         rows = contestants(run, args.original)
         result = {
-            "what": f"consistency step, {args.random}, batch {run.local_batch}",
+            "what": f"consistency step, {args.random}, batch {run.train_step.local_batch}",
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "rows": turns(rows, run, args.rounds, args.repeats),
             "machine": machine(run.device),
@@ -69,19 +70,19 @@ def main() -> int:
 
 def contestants(run: trainer.Trainer, original: Path | None) -> dict[str, tuple[Step, nn.Module]]:
     """Name -> (one step, its network)."""
-    low, device = run.model.autocast, run.device
-    ours = networks.build(run.cfg.network, **run.shape).to(device, memory_format=run.layout)
+    whole, device = run.train_step, run.device
+    low, shape = build.HALF.get(whole.precision), whole.codec.network_shape
+    ours = networks.build(run.cfg.network.model_dump(), **shape).to(device, memory_format=build.layout(device))
     theirs = {"diffusers": diffusers_unet(run).to(device)}
     if original:
         theirs["original"] = original_unet(run, original, ours).to(device)
     if run.cfg.train.compile is True or (run.cfg.train.compile == "auto" and device.type == "cuda"):
         ours.model.compile(dynamic=False)
-    indices = torch.arange(run.local_batch)
-    images = run.dataset.images[indices].to(device)
-    rows: dict[str, tuple[Step, nn.Module]] = {"ours, whole step": (lambda: run.train_step(images, None), run.model)}
+    images = run.dataset.images[: whole.local_batch].to(device)
+    rows: dict[str, tuple[Step, nn.Module]] = {"ours, whole step": (lambda: whole(images, None), whole.model)}
     for name, model in {"ours": ours, **theirs}.items():
         for autocast in dict.fromkeys([None, low]):
-            arithmetic = "fp32" if autocast is None else run.precision
+            arithmetic = "fp32" if autocast is None else whole.precision
             rows[f"{name}, network, {arithmetic}"] = (consistency_step(model, autocast, run), model)
     rows["diffusers, whole step, fp32"] = (plain_training(theirs["diffusers"], run), theirs["diffusers"])
     return rows
@@ -90,7 +91,7 @@ def contestants(run: trainer.Trainer, original: Path | None) -> dict[str, tuple[
 def consistency_step(model: networks.Preconditioner, autocast: torch.dtype | None, run: trainer.Trainer) -> Step:
     """Student forward, target forward, backward; gradients are dropped."""
     objective = EasyConsistencyTuning(1.0)
-    x = torch.randn(run.local_batch, run.shape["channels"], *[run.shape["resolution"]] * 2, device=run.device)
+    x = torch.randn(run.train_step.local_batch, *run.dataset.shape, device=run.device)
 
     def step() -> None:
         model.autocast = autocast
@@ -106,7 +107,7 @@ def plain_training(model: networks.Preconditioner, run: trainer.Trainer) -> Step
     optimizer = torch.optim.RAdam(model.parameters(), lr=1e-4)
     ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9999))
     objective = EasyConsistencyTuning(1.0)
-    images = run.dataset.images[: run.local_batch]
+    images = run.dataset.images[: run.train_step.local_batch]
 
     def step() -> None:
         model.autocast = None
@@ -127,7 +128,7 @@ class Theirs(nn.Module):
     def __init__(self, net: nn.Module, call: Callable[..., torch.Tensor], run: trainer.Trainer):
         super().__init__()
         self.net, self.call = net, call
-        self.img_resolution, self.img_channels = run.shape["resolution"], run.shape["channels"]
+        self.img_channels, self.img_resolution, _ = run.dataset.shape
         self.label_dim = self.augment_dim = 0
 
     def forward(self, x: torch.Tensor, c_noise: torch.Tensor, *labels: None) -> torch.Tensor:
@@ -138,7 +139,7 @@ def diffusers_unet(run: trainer.Trainer) -> networks.Preconditioner:
     """UNet2DModel with the config's widths, blocks and attention resolutions; all else is its default."""
     from diffusers import UNet2DModel
 
-    n, resolution, channels = run.cfg.network, run.shape["resolution"], run.shape["channels"]
+    n, (channels, resolution, _) = run.cfg.network, run.dataset.shape
     attention = [resolution >> level in n.attn_resolutions for level in range(len(n.channel_mult))]
     net = UNet2DModel(
         sample_size=resolution,
@@ -155,21 +156,23 @@ def diffusers_unet(run: trainer.Trainer) -> networks.Preconditioner:
 
 def original_unet(run: trainer.Trainer, path: Path, ours: networks.Preconditioner) -> networks.Preconditioner:
     """EDM's SongUNet with our weights; it must give what ours gives."""
-    sys.path.insert(0, str(path))
-    from training.networks import SongUNet
-
+    with checkout(path):
+        SongUNet = importlib.import_module("training.networks").SongUNet
+    channels, resolution, _ = run.dataset.shape
     settings = run.cfg.network.model_dump()
-    for name in ("name", "precond", "c_noise", "sigma_data", "sigma_min", "sigma_max", "fourier_scale", "pixel_norm"):
+    for name in ("name", "precond", "c_noise", "sigma_data", "sigma_min", "sigma_max"):
+        settings.pop(name)
+    for name in ("fourier_scale", "pixel_norm", "label_dropout"):  # which EDM's has not
         settings.pop(name)
     if settings.pop("scale_shift_norm"):
         raise SystemExit("compare.py: the original's SongUNet has no scale_shift_norm")
-    net = SongUNet(run.shape["resolution"], run.shape["channels"], run.shape["channels"], **settings)
+    net = SongUNet(resolution, channels, channels, **settings)
     with torch.no_grad():
         for p in ours.model.parameters():  # fresh, its last layers are almost zero, and hide what comes before
             p.add_(0.05 * torch.randn_like(p))
         net = net.to(run.device)
         net.load_state_dict(ours.model.state_dict())
-        x = torch.randn(2, run.shape["channels"], *[run.shape["resolution"]] * 2, device=run.device)
+        x = torch.randn(2, channels, resolution, resolution, device=run.device)
         c_noise = torch.tensor([-0.3, 0.4], device=run.device)
         expected = ours.model.eval()(x, c_noise)
         ours.train()
@@ -190,7 +193,7 @@ def turns(
         result[name] = {
             "name": name,
             "parameters": sum(p.numel() for p in network.parameters()),
-            "flops_per_image": flops(step) / run.local_batch,
+            "flops_per_image": flops(step) / run.train_step.local_batch,
         }
         step()
         if device.type == "cuda":
@@ -203,7 +206,7 @@ def turns(
             took[name].append(seconds(lambda step=step: [step() for _ in range(repeats)], device) / repeats)
     for name, row in result.items():
         row["seconds"] = statistics.median(took[name])
-        row["images_per_second"] = run.local_batch / row["seconds"]
+        row["images_per_second"] = run.train_step.local_batch / row["seconds"]
         pairs = zip(took[name], took[names[0]], strict=True)
         row["times_ours"] = statistics.median(theirs / ours for theirs, ours in pairs)
         own = name.replace("diffusers", "ours").replace("original", "ours")

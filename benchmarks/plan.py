@@ -66,7 +66,9 @@ def forward_flops(cfg: config.Config, resolution: int, classes: int) -> int:
     """FLOPs of the network on one image, counted without computing anything."""
     labels, augment = classes * cfg.data.conditional, AUGMENT_DIM if cfg.data.augment else 0
     with FakeTensorMode(), torch.no_grad():
-        model = networks.build(cfg.network, resolution=resolution, channels=3, label_dim=labels, augment_dim=augment)
+        model = networks.build(
+            cfg.network.model_dump(), resolution=resolution, channels=3, label_dim=labels, augment_dim=augment
+        )
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, resolution, resolution), torch.ones(1))
     return counter.get_total_flops()

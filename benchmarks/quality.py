@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from common import ROOT, machine
+from common import ROOT, machine, save
 
 import checkpoints
 import config
@@ -22,10 +22,12 @@ import data
 from metrics import scores
 from sampling import plan
 from sampling.drawing import Drawing
-from training import trainer
+from sources.images import ImageSet
+from training import devices, trainer
 
-# Settings that are lengths: a longer or shorter run scales them all by one factor.
-LENGTHS = ("train.steps", "train.lr_warmup", "objective.double_kimg", "objective.warmup", "metrics.every")
+# Settings that are lengths: a longer or shorter run scales them all by one factor, but for shares of the run.
+LENGTHS = ("train.steps", "train.lr_warmup", "objective.stage", "objective.warmup", "metrics.every")
+LENGTHS += ("objective.double_kimg",)  # in thousands of images; of the others a fraction is a share of the run
 PROBE = 12  # steps that are timed to find how many fit in --minutes, after as many that are not
 
 
@@ -52,8 +54,7 @@ def main() -> int:
             if not any((r["name"], r["seed"]) == (row["name"], seed) for r in done):
                 measured = measure(row, seed, args.out, args.images, args.minutes)
                 done = json.loads(results.read_text()) if results.exists() else []
-                text = json.dumps([*done, measured], indent=1).encode()
-                checkpoints.write_atomically(results, lambda file, text=text: file.write(text))
+                save([*done, measured], results)
                 print(json.dumps(measured), flush=True)
     done = json.loads(results.read_text())
     write_table(done, args.out / "table.md")
@@ -76,20 +77,20 @@ def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes:
     state = checkpoints.load(folder / "checkpoints" / "last.ckpt")
     if state["step"] < cfg.train.steps:
         sys.exit("stopped; the same command goes on")
-    model = checkpoints.model_from(state, folder).to(trainer.pick_device(cfg.run.device))
+    model = checkpoints.model_from(state, folder).to(devices.pick_device(cfg.run.device))
     dataset = data.load(cfg.data)
-    scores = {}
+    found = {}
     for steps in (1, 2):
         sigmas, solver = plan.plan(cfg, steps)
         name = f"heun-{len(sigmas)}" if solver == "heun" else f"{steps}-step"
-        if name not in scores:
-            kinds = cfg.metrics.scores if scores else ["fid", "prc"]  # precision and recall take minutes: once a row
-            scores[name] = score(model, dataset, cfg, sigmas, solver, kinds)
+        if name not in found:
+            kinds = cfg.metrics.scores if found else ["fid", "prc"]  # precision and recall take minutes: once a row
+            found[name] = score(model, dataset, cfg, sigmas, solver, kinds)
     return {
         "name": row["name"],
         "seed": seed,
         "starts_from": row.get("teacher") or row.get("init_from"),
-        "scores": scores,
+        "scores": found,
         "features": scores.features_name(cfg.metrics),
         "samples": cfg.metrics.num,
         "images": cfg.train.steps * cfg.train.batch_size,
@@ -113,7 +114,7 @@ def budget(file: str, overrides: list[str], folder: Path, images: int | None, mi
         for section, key in (name.split(".") for name in LENGTHS):
             part = getattr(kept, section)
             value = getattr(part, key, None)
-            if value:
+            if value and (isinstance(value, int) or key == "double_kimg"):
                 setattr(part, key, type(value)(max(round(value * factor, 3), 1 if isinstance(value, int) else 0.001)))
     pairs = [(name, getattr(getattr(kept, name.split(".")[0]), name.split(".")[1], None)) for name in LENGTHS]
     return [f"{name}={value}" for name, value in pairs if value]
@@ -125,24 +126,24 @@ def speed(cfg: config.Config) -> float:
     batches = data.batches(run.dataset.to(run.device), cfg.run.seed, cfg.train.batch_size)
     for step in range(2 * PROBE):
         if step == PROBE:
-            float(run.skipped)  # waits for the device
+            float(run.train_step.skipped)  # waits for the device
             started = time.perf_counter()
         run.train_step(*next(batches))
-    float(run.skipped)
+    float(run.train_step.skipped)
     return PROBE * cfg.train.batch_size / (time.perf_counter() - started)
 
 
 def score(
     model: torch.nn.Module,
-    dataset: data.Dataset,
+    dataset: ImageSet,
     cfg: config.Config,
     sigmas: list[float],
     solver: str,
     kinds: list[str],
 ) -> dict:
     seed, num = cfg.run.seed, cfg.metrics.num
-    labels = plan.draw_labels(seed, range(num), model.class_counts) if model.label_dim else None
-    images = Drawing(model, seed, num, sigmas, solver, labels, guidance=cfg.sample.guidance).draw(0, num)
+    given = dataset.draw_given(seed, range(num))
+    images = Drawing(model, seed, num, sigmas, solver, given, guidance=cfg.sample.guidance).draw(0, num)
     wanted = cfg.metrics.model_copy(update={"scores": kinds})
     found = scores.score(images, dataset, wanted, cfg.data.dir, next(model.parameters()).device)
     return {name: round(value, 4) for name, value in found.items()}

@@ -1,14 +1,15 @@
 """Where a training step's time goes: data, student, target, backward, optimizer, EMA, logging; and a one-step sample.
 
     python benchmarks/step.py --cfg benchmarks/cpu.yml --random 3x32 [section.key=value ...] [--out FILE.json]
+    python benchmarks/step.py --cfg configs/cifar10_ect.yml --random 3x32 --stage 15 train.batch_size=512
 
-Runs the trainer's own loop, steps that save and sample left out. On a GPU the clock is the device's. Operations are
-counted by torch.utils.flop_counter in eager mode, and compared with a large matrix product on the same machine.
+Runs the trainer's own loop from step --at-step on, or from the first of a method's stage; steps that save and sample
+are left out. On a GPU the clock is the device's. Operations are counted as training counts them (training/speed.py),
+and compared with a large matrix product on the same machine.
 """
 
-from __future__ import annotations
-
 import argparse
+import bisect
 import statistics
 import sys
 import tempfile
@@ -33,6 +34,9 @@ def main() -> int:
     parser.add_argument("--random", metavar="CxR", help="images of noise instead of the config's data, as 3x32")
     parser.add_argument("--steps", type=int, default=10, help="steps timed")
     parser.add_argument("--warmup", type=int, default=3, help="steps before")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--at-step", type=int, default=0, metavar="K", help="steps of the run that are taken as done")
+    place.add_argument("--stage", type=int, metavar="A", help="instead: as many as come before stage A (ect)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--brief", action="store_true", help="neither the matmul peak nor samples")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result")
@@ -41,7 +45,7 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        result = measure(args.cfg, args.overrides, args.random, args.steps, args.warmup, args.brief)
+        result = measure(args)
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -51,115 +55,120 @@ def main() -> int:
     return 0
 
 
-def measure(
-    path: str, overrides: list[str], random: str | None, steps: int, warmup: int, brief: bool = False
-) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one config."""
     with tempfile.TemporaryDirectory() as folder:
-        total = steps + warmup
         quiet = ["sample.every=0", "metrics.every=0", "metrics.at_end=false", "train.lr_warmup=0"]
-        quiet += [f"train.steps={total}", f"train.save_every={total}", f"run.dir={folder}/run", "train.init_from=null"]
-        cfg = config.load(path, [*overrides, *quiet])
-        if random:
-            trainer.data.load = lambda _: random_images(random)
+        cfg = config.load(args.cfg, [*args.overrides, *quiet, f"run.dir={folder}/run", "train.init_from=null"])
+        if args.random:
+            trainer.data.load = lambda _: random_images(args.random)
         run = trainer.Trainer(cfg)
-        run.cfg.train.log_every = min(cfg.train.log_every, steps)
-        run.open_folder()
-        sections, operations = timed_loop(run, steps, warmup)
-        run.close()
-    step = sum(sections.values())
-    batch = run.local_batch
+        step = run.train_step
+        step.step = step.logged = args.at_step if args.stage is None else first_of(args.stage, step.objective)
+        cfg.train.steps = max(cfg.train.steps, step.step + args.warmup + args.steps)
+        cfg.train.save_every, cfg.train.log_every = cfg.train.steps, min(cfg.train.log_every, args.steps)
+        sections, operations = timed_loop(run, args.steps, args.warmup)
+    took, batch, shape = sum(sections.values()), step.local_batch, step.codec.network_shape
+    stage = {} if args.stage is None else {"stage": args.stage}
+    size = f"{shape['channels']}x{shape['resolution']}x{shape['resolution']}"
     result = {
-        "what": f"{cfg.objective.name}, {cfg.network.name}, {run.shape['channels']}x{run.shape['resolution']}"
-        f"x{run.shape['resolution']}, batch {batch}",
+        "what": f"{cfg.objective.name}{''.join(f' at stage {a}' for a in stage.values())}, {cfg.network.name}, {size}, "
+        f"batch {batch}",
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "parameters": sum(p.numel() for p in step.model.parameters()),
+        **stage,
         "batch": batch,
-        "resolution": run.shape["resolution"],
+        "resolution": shape["resolution"],
         "width": cfg.network.model_channels,
-        "microbatch": run.microbatch,
-        "precision": run.precision,
+        "microbatch": step.microbatch,
+        "precision": step.precision,
         "compile": cfg.train.compile,
-        "seconds": step,
-        "images_per_second": batch / step,
+        "seconds": took,
+        "images_per_second": batch / took,
         "sections": sections,
-        "not_the_model": sum(sections[name] for name in NOT_THE_MODEL) / step,
+        "not_the_model": sum(sections[name] for name in NOT_THE_MODEL) / took,
         "peak_memory": peak_memory(run.device),
-        "flops_per_image": operations / batch,
+        "flops_per_image": operations,
         "machine": machine(run.device),
     }
-    if not brief:
-        peak = matmul_peak(run.device, run.precision)
-        result |= {"matmul_peak": peak, "share_of_peak": operations / step / peak}
-        result["samples"] = [sample(run, autocast, peak) for autocast in dict.fromkeys([None, run.model.autocast])]
+    if not args.brief:
+        peak = matmul_peak(run.device, step.precision, 1.0)
+        result |= {"matmul_peak": peak, "share_of_peak": operations * batch / took / peak}
+        result["samples"] = [sample(step, autocast, peak) for autocast in dict.fromkeys([None, step.model.autocast])]
     return result
 
 
-def timed_loop(run: trainer.Trainer, steps: int, warmup: int) -> tuple[dict[str, float], int]:
-    """Seconds of each section per step, and the operations of a step."""
-    split, seen, counted = Split(run.device), 0, 0
-    train_step, batches, backward = run.train_step, trainer.data.batches, torch.Tensor.backward
+def first_of(stage: int, objective: torch.nn.Module) -> int:
+    """The first step of a method's stage."""
+    at = getattr(objective, "stage", None)
+    step = bisect.bisect_left(range(10**9), stage, key=at) if at else 10**9
+    if step == 10**9 or at(step) != stage:
+        raise config.ConfigError(f"--stage {stage}: this run's method has no such stage")
+    return step
+
+
+def timed_loop(run: trainer.Trainer, steps: int, warmup: int) -> tuple[dict[str, float], float]:
+    """Seconds of each section per step, and the operations of a step for an image."""
+    split, operations = Split(run.device), [0.0]
+    step, batches, backward = run.train_step, trainer.data.batches, torch.Tensor.backward
 
     def timed_batches(*args: Any) -> Any:
         source = batches(*args)
-        while True:
+        for seen in range(warmup + steps):
             with split.section("data"):
                 batch = next(source)
+            if seen == warmup:
+                operations[0] = run.speed.flops_per_image(*batch)
+                run.speed.bound = lambda *_: None  # it would be timed
+                if run.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(run.device)
+                split.start()
+            run.stopping = seen == warmup + steps - 1  # after this one the loop ends, and saves
             yield batch
 
-    def counted_step(*batch: Any) -> None:
-        nonlocal seen, counted
-        if seen == warmup:
-            if run.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(run.device)
-            split.start()
-        if seen == 0:
-            counted = flops(lambda: train_step(*batch))
-        else:
-            train_step(*batch)
-        seen += 1
-
     sections: dict[str, float] = {}
-    run.train_step = counted_step
-    run.save = lambda: sections.update(split.totals())  # the loop's end
-    run.write_grid = run.say_next = lambda: None
-    for module in [run.model, *run.objective.modules()]:
+    run.save = lambda: sections.update(split.totals())
+    run.folder.next_command = lambda step: "measured"
+    for module in [step.model, *step.objective.modules()]:
         if isinstance(module, networks.Preconditioner):
             split.wrap(module, "raw", lambda: "student forward" if torch.is_grad_enabled() else "target forward")
-    split.wrap(run, "prepare", "data")
-    split.wrap(run, "update", "optimizer")
-    split.wrap(run, "add_to_log", "logging")
+            split.wrap(module, "jvp", "target forward")
+    split.wrap(step, "prepare", "data")
+    split.wrap(step, "update", "optimizer")
+    split.wrap(step, "add_to_log", "logging")
     split.wrap(run, "write_log", "logging")
-    for ema in run.emas:
+    for ema in step.emas:
         split.wrap(ema, "update", "EMA")
-    if hasattr(run.objective, "after_step"):
-        split.wrap(run.objective, "after_step", "EMA")
+    if hasattr(step.objective, "after_step"):
+        split.wrap(step.objective, "after_step", "EMA")
     split.wrap(torch.Tensor, "backward", "backward")
     trainer.data.batches = timed_batches
     try:
-        run.loop()
+        with run.opened():
+            run.loop()
     finally:
         torch.Tensor.backward, trainer.data.batches = backward, batches
-    return {name: sections.get(name, 0.0) / steps for name in SECTIONS}, counted
+    return {name: sections.get(name, 0.0) / steps for name in SECTIONS}, operations[0]
 
 
-def sample(run: trainer.Trainer, autocast: torch.dtype | None, peak: float) -> dict[str, Any]:
+def sample(step: Any, autocast: torch.dtype | None, peak: float) -> dict[str, Any]:
     """One-step samples from the average: in float32, as generate.py draws them, or in the step's own arithmetic."""
-    model, count = run.emas[0].module, run.local_batch
-    labels = torch.zeros(count, dtype=torch.int64) if run.shape["label_dim"] else None
+    model, count = step.emas[0].module, step.local_batch
+    given = torch.zeros(count, dtype=torch.int64) if step.model.label_dim else None
     model.autocast = autocast
 
-    def draw() -> None:
-        list(drawing.generate(model, 0, range(count), [run.cfg.network.sigma_max], labels=labels, batch_size=count))
+    def draw(count: int = count) -> None:
+        own = None if given is None else given[:count]
+        list(drawing.generate(model, 0, range(count), [step.cfg.network.sigma_max], given=own, batch_size=count))
 
-    operations = flops(draw)
-    took = statistics.median(seconds(draw, run.device) for _ in range(3))
+    operations = flops(lambda: draw(1))
+    took = statistics.median(seconds(draw, step.device) for _ in range(3))
     model.autocast = None
     return {
-        "precision": "fp32" if autocast is None and run.precision != "fp64" else run.precision,
+        "precision": "fp32" if autocast is None and step.precision != "fp64" else step.precision,
         "images_per_second": count / took,
-        "flops_per_image": operations / count,
-        "share_of_peak": operations / took / peak,
+        "flops_per_image": operations,
+        "share_of_peak": operations * count / took / peak,
     }
 
 
@@ -180,6 +189,7 @@ def table(r: dict[str, Any]) -> str:
         f"operations       {r['flops_per_image'] / 1e9:10.2f} GFLOP an image and step",
     ]
     if "matmul_peak" in r:
+        lines[3] += f", MFU {r['share_of_peak']:.1%}"
         peak = f"{r['matmul_peak'] / 1e12:10.3f} TFLOP/s in {r['precision']}"
         lines.append(f"matmul peak      {peak}; the step runs at {r['share_of_peak']:.1%} of it")
     for s in r.get("samples", []):

@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT
+from common import ROOT, checkout, save
 
-import checkpoints
 import config
 import data
 import networks
@@ -40,7 +39,7 @@ from ema import EMA
 from metrics import scores
 from objectives import losses
 from objectives.draws import key, sample_noise
-from training import trainer
+from training.step import learning_rate
 
 BATCH, SIGMA_MAX, SIGMA_DATA = 64, 80.0, 0.5
 SHAPE = {"resolution": 8, "channels": 1, "label_dim": 0, "augment_dim": 0}
@@ -65,7 +64,7 @@ def denoiser(**settings: str) -> networks.Preconditioner:
     """The default run's network; the same weights every time."""
     torch.manual_seed(0)
     cfg = config.load(ROOT / "config.yml").network.model_copy(update=settings)
-    return networks.build(cfg, **SHAPE)
+    return networks.build(cfg.model_dump(), **SHAPE)
 
 
 def ours(objective: torch.nn.Module, model: networks.Preconditioner, steps: int) -> Method:
@@ -211,7 +210,7 @@ class TrigFlow(torch.nn.Module):
         self.register_buffer("frequencies", torch.randn(32, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, return_logvar: bool = False) -> Any:
-        with networks.plain_attention():  # torch's fused attention has no forward-mode derivative
+        with networks.plain_kernels():  # the fused ones have no forward-mode derivative
             F = self.net(x, (SIGMA_DATA * t.tan()).log() / 4)
         if not return_logvar:
             return F
@@ -279,7 +278,7 @@ def run(method: Method, lr: float, steps: int, seed: int, cfg: config.Config) ->
     started = time.perf_counter()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = trainer.learning_rate(step, cfg.train)
+            group["lr"] = learning_rate(step, cfg.train)
         torch.manual_seed(key(seed, "versus", step))
         optimizer.zero_grad()
         method.loss(data.to_float(next(batches)[0]), step).backward()
@@ -299,14 +298,11 @@ def imported(folder: Path, *missing: str, **names: Any) -> Iterator[None]:
     """Imports find the checkout in `folder`; modules that are not needed here, and hard to install, are empty ones."""
     if not folder.exists():
         raise config.ConfigError(f"{folder}: there is no such checkout; the head of benchmarks/versus.py tells which")
-    sys.path.insert(0, str(folder))
-    for name in missing:
-        sys.modules[name] = types.ModuleType(name)
-        vars(sys.modules[name]).update(names)
-    try:
+    with checkout(folder):
+        for name in missing:
+            sys.modules[name] = types.ModuleType(name)
+            vars(sys.modules[name]).update(names)
         yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 @contextmanager
@@ -339,8 +335,7 @@ def main() -> int:
         cfg = config.load(ROOT / "config.yml", ["data.conditional=false"])
         fid, seconds = run(PAIRS[pair][side](args.folder, args.steps), lr, args.steps, seed, cfg)
         rows.append({**row, "fid": round(fid, 4), "seconds": round(seconds, 1), "torch": torch.__version__})
-        text = json.dumps(rows, indent=1).encode()
-        checkpoints.write_atomically(args.out, lambda file, text=text: file.write(text))
+        save(rows, args.out)
         print(json.dumps(rows[-1]), flush=True)
     print("| pair | ours: by seed | theirs: by seed | ratio of means |\n| --- | --- | --- | --- |")
     for pair in args.only:

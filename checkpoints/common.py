@@ -2,10 +2,12 @@
 
 import importlib
 import inspect
+import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 import config
@@ -35,13 +37,9 @@ def new_state(raw: dict[str, Any], shape: dict[str, Any], weights: Weights, path
 def data_section(shape: dict[str, Any], path: str | None = None) -> dict[str, Any]:
     """The config's `data`; path: of the training images, where a file says it."""
     path = str(path or "path/to/the/images")
-    return {
-        "name": "zip" if path.endswith(".zip") else "folder",
-        "path": path,
-        "resolution": shape["resolution"],
-        "channels": shape["channels"] if shape["channels"] in (1, 3) else None,
-        "conditional": bool(shape["label_dim"]),
-    }
+    channels = shape["channels"] if shape["channels"] in (1, 3) else None
+    sizes = {"resolution": shape["resolution"], "channels": channels, "conditional": bool(shape["label_dim"])}
+    return {"name": "zip" if path.endswith(".zip") else "folder", "path": path, **sizes}
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -72,10 +70,13 @@ def layer_names(net: networks.DhariwalUNet, blocks: Blocks, table: dict[str, str
     return names
 
 
-def unpicklable(path: Path, error: Exception) -> CheckpointError:
-    """What torch.load's weights_only reader said, in one line."""
-    name = re.search(r"GLOBAL (\S+)", str(error))
-    return refused(path, name[1]) if name else CheckpointError(f"{path}: cannot be read: {short(error)}")
+def read_tensors(file: Path | BinaryIO, path: Path) -> Any:
+    """What torch.save wrote to a file that came with `path`. CheckpointError where it is more than data."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        raise refused(path, name[1]) if name else CheckpointError(f"{path}: cannot be read: {short(error)}") from None
 
 
 def refused(path: Path, name: str) -> CheckpointError:

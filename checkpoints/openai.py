@@ -1,7 +1,6 @@
 """OpenAI's consistency models and the diffusion models that taught them (2303.01469), as their .pt files hold them."""
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,8 @@ import torch
 from torch import Tensor
 
 import networks
-from checkpoints.common import (
-    Blocks,
-    State,
-    Weights,
-    data_section,
-    defaults,
-    layer_names,
-    new_state,
-    short,
-    unpicklable,
-)
+from checkpoints import common
+from checkpoints.common import Blocks, State, Weights, short
 from checkpoints.state import CheckpointError
 from config import ConfigError
 
@@ -44,8 +34,8 @@ def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
     try:
         shape, network = _network(weights, told, path)
         objective = {"name": "ct" if network["precond"] == "cm" else "edm"}
-        raw = {"data": data_section(shape), "network": network, "objective": objective}
-        state = new_state(raw, shape, {}, path)
+        raw = {"data": common.data_section(shape), "network": network, "objective": objective}
+        state = common.new_state(raw, shape, {}, path)
         model = networks.build(state["config"]["network"], **shape)
         state["model"] = _renamed(weights, model, path)
         state["ema"] = [state["model"]]
@@ -61,9 +51,9 @@ def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
 
 def _weights(path: Path) -> Weights:
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise unpicklable(path, error) from None
+        weights = common.read_tensors(path, path)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{path}: is no whole .pt file ({short(error)})") from None
     if isinstance(weights, dict) and "format" in weights:
@@ -99,14 +89,13 @@ def _network(weights: Weights, told: dict[str, Any], path: Path) -> tuple[dict[s
     starts = [level * per_level for level in reversed(range(levels))]  # a level's first decoder block, highest first
     widths = [weights[f"output_blocks.{i}.0.out_layers.3.weight"].shape[0] for i in starts]
     model_channels = weights["time_embed.0.weight"].shape[1]
+    attention = (2**i for i, k in enumerate(starts) if f"output_blocks.{k}.1.qkv.weight" in weights)
     found: dict[str, Any] = {
         "in_channels": weights["input_blocks.0.0.weight"].shape[1],
         "model_channels": model_channels,
         "out_channels": weights["out.2.weight"].shape[0],
         "num_res_blocks": per_level - 1,
-        "attention_resolutions": sorted(
-            (2**i for i, k in enumerate(starts) if f"output_blocks.{k}.1.qkv.weight" in weights), key=str
-        ),
+        "attention_resolutions": sorted(attention, key=str),
         "channel_mult": [width // model_channels for width in widths],
         "num_classes": weights["label_emb.weight"].shape[0] if "label_emb.weight" in weights else None,
         "use_scale_shift_norm": weights["middle_block.0.emb_layers.1.weight"].shape[0] == 2 * widths[-1],
@@ -128,7 +117,7 @@ def _network(weights: Weights, told: dict[str, Any], path: Path) -> tuple[dict[s
     if any(width % heads for width in attentive):
         raise CheckpointError(f"--arch: num_head_channels: {heads} does not divide all of the widths {attentive}")
     network = {
-        **defaults("dhariwal_unet"),
+        **common.defaults("dhariwal_unet"),
         "precond": told["precond"],
         "c_noise": "log250",
         "model_channels": model_channels,
@@ -149,8 +138,7 @@ def _network(weights: Weights, told: dict[str, Any], path: Path) -> tuple[dict[s
 def _renamed(weights: Weights, model: torch.nn.Module, path: Path) -> Weights:
     """OpenAI's weights under our names and in our order of channels."""
     own = model.state_dict()
-    names = layer_names(model.model, _blocks(model.model), NAMES)
-    for name, theirs in names.items():
+    for name, theirs in common.layer_names(model.model, _blocks(model.model), NAMES).items():
         value = weights.pop(theirs)
         if ".qkv." in name:  # theirs: three, heads, channels; ours: heads, channels, three
             heads = model.model.get_submodule(name.removeprefix("model.").split(".qkv.")[0]).num_heads

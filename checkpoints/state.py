@@ -129,7 +129,7 @@ def newest_good(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
     best: tuple[Path, dict[str, Any]] | None = None
     for path in saved(folder):
         # A crash between the two names of a new checkpoint leaves last.ckpt one behind.
-        if best and (path.name == "last.ckpt" or int(path.stem.split("-")[1]) <= best[1]["step"]):
+        if best and int(path.stem.split("-")[1]) <= best[1]["step"]:
             continue
         try:
             best = path, load(path)

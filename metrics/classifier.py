@@ -1,23 +1,19 @@
 """A small classifier of a training set's own labels, whose features score digits and the like: trained once, cached."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch_fidelity
 from torch import nn
-from torch.nn import functional as F
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from checkpoints.disk import write_atomically
-from metrics.common import ImageSet, ScoreError, fetch, one_line
+from metrics.common import ImageSet, Log, ScoreError, fetch, one_line
 
 VERSION = 1  # raise it when the classifier or its training changes: cached ones are then left alone
 SEED = 20230303  # never the run's: every run on a dataset is scored by the same classifier
@@ -27,11 +23,8 @@ MAX_SIZE = 32  # larger images are shrunk to this by area, so that the cost does
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(),
-    )
+    layer = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class Classifier(nn.Module):
@@ -42,8 +35,7 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, resolution: int, classes: int) -> None:
         super().__init__()
-        size = min(resolution, MAX_SIZE)
-        width = 32
+        size, width = min(resolution, MAX_SIZE), 32
         stride = 2 if size > 16 else 1  # at 32x32 the first layer would cost more than all others
         layers = [conv(channels, width, stride)]
         size = -(-size // stride)
@@ -61,7 +53,7 @@ class Classifier(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = images.float() / 127.5 - 1
         if self.resolution > MAX_SIZE:
-            x = F.interpolate(x, size=(MAX_SIZE, MAX_SIZE), mode="area")
+            x = nn.functional.interpolate(x, size=(MAX_SIZE, MAX_SIZE), mode="area")
         features = self.body(x)
         return features, self.head(features)
 
@@ -77,29 +69,17 @@ class ClassifierFeatures(torch_fidelity.FeatureExtractorBase):
         features, logits = self.classifier(images)
         return tuple({"features": features, "logits": logits}[name] for name in self.features_list)
 
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """What `forward` can give."""
-        return "features", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Which of them a metric reads."""
-        return "logits" if metric == "isc" else "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """torch-fidelity asks."""
-        return False
+    # What torch-fidelity asks: what forward can give, which of it a metric reads, and torch.compile's leave.
+    get_provided_features_list = staticmethod(lambda: ("features", "logits"))
+    get_default_feature_layer_for_metric = staticmethod(lambda metric: "logits" if metric == "isc" else "features")
+    can_be_compiled = staticmethod(lambda: False)
 
 
 if "classifier" not in FEATURE_EXTRACTORS_REGISTRY:  # the registry outlives a reload of this module
     torch_fidelity.register_feature_extractor("classifier", ClassifierFeatures)
 
 
-def classifier_weights(
-    dataset: ImageSet, key: str, cache_dir: str | os.PathLike[str], device: torch.device, log: Callable[[str], None]
-) -> tuple[Path, str]:
+def classifier_weights(dataset: ImageSet, key: str, cache: Path, device: torch.device, log: Log) -> tuple[Path, str]:
     """The path of the dataset's classifier, trained where the cache has none, and a hash of its weights.
 
     The hash is part of the key of cached reference statistics: they hold for these weights alone.
@@ -109,38 +89,30 @@ def classifier_weights(
             f"metrics.features=classifier needs labels, and the training set {dataset.name} has none: "
             "take metrics.features=inception"
         )
-    path = Path(cache_dir) / f"classifier-v{VERSION}-{key}.pt"
+    path = cache / f"classifier-v{VERSION}-{key}.pt"
     classifier = None
-    if path.exists():
-        try:
-            classifier = load_classifier(path)
-        except Exception as error:  # whatever is wrong with a cached file, a new one mends it
-            log(f"the scoring classifier {path} cannot be read ({one_line(error)}): training it again")
+    try:
+        classifier = load_classifier(path) if path.exists() else None
+    except Exception as error:  # whatever is wrong with a cached file, a new one mends it
+        log(f"the scoring classifier {path} cannot be read ({one_line(error)}): training it again")
     if classifier is None:
         classifier, accuracy = train_classifier(dataset, device, log)
-        save_classifier(path, classifier, dataset, accuracy)
-    digest = hashlib.sha256()
-    for value in classifier.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    return path, digest.hexdigest()[:16]
-
-
-def save_classifier(path: Path, classifier: Classifier, dataset: ImageSet, accuracy: float) -> None:
-    """Writes the classifier whole or not at all."""
-    state = {name: value.cpu() for name, value in classifier.state_dict().items()}
-    shape = {"channels": dataset.channels, "resolution": dataset.resolution, "classes": dataset.num_classes}
-    write_atomically(path, lambda file: torch.save({"state": state, "shape": shape, "accuracy": accuracy}, file))
+        state = {name: value.cpu() for name, value in classifier.state_dict().items()}
+        shape = {"channels": dataset.channels, "resolution": dataset.resolution, "classes": dataset.num_classes}
+        write_atomically(path, lambda file: torch.save({"state": state, "shape": shape, "accuracy": accuracy}, file))
+    content = b"".join(value.cpu().numpy().tobytes() for value in classifier.state_dict().values())
+    return path, hashlib.sha256(content).hexdigest()[:16]
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Reads a classifier that `save_classifier` wrote; in evaluation mode, on the CPU."""
+    """Reads a classifier that `classifier_weights` wrote; in evaluation mode, on the CPU."""
     file = torch.load(path, map_location="cpu", weights_only=True)
     classifier = Classifier(**file["shape"])
     classifier.load_state_dict(file["state"])
     return classifier.eval()
 
 
-def train_classifier(dataset: ImageSet, device: torch.device, log: Callable[[str], None]) -> tuple[Classifier, float]:
+def train_classifier(dataset: ImageSet, device: torch.device, log: Log) -> tuple[Classifier, float]:
     """Trains the classifier on nine tenths of the labelled training set; returns it and its accuracy on the rest.
 
     The number of images seen is bounded, so that a large set costs no more than CIFAR-10. The same CPU gives the same
@@ -166,18 +138,15 @@ def train_classifier(dataset: ImageSet, device: torch.device, log: Callable[[str
                 order = rest[torch.randperm(len(rest), generator=generator)]
             indices, order = order[:batch], order[batch:]
             images = shift(fetch(dataset, indices), generator).to(device)
-            loss = F.cross_entropy(classifier(images)[1], labels[indices].to(device))
+            loss = nn.functional.cross_entropy(classifier(images)[1], labels[indices].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     classifier.eval()
     with torch.no_grad():
-        right = [
-            (classifier(fetch(dataset, indices).to(device))[1].argmax(1).cpu() == labels[indices]).sum()
-            for indices in held_out.split(512)
-        ]
-    accuracy = float(sum(right)) / max(len(held_out), 1)
+        guesses = [classifier(fetch(dataset, rows).to(device))[1].argmax(1).cpu() for rows in held_out.split(512)]
+    accuracy = float((torch.cat(guesses) == labels[held_out]).sum()) / max(len(held_out), 1)
     seconds = time.perf_counter() - start
     log(f"the classifier gets {accuracy:.2%} of {len(held_out):,} held-out images right ({seconds:.0f} s)")
     return classifier, accuracy

@@ -1,13 +1,13 @@
 """What all scores share: images read by batches, and the error that a user can mend."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 Images = Any  # uint8 (N, C, H, W), or anything with a length and batch(int64 indices (B,)) -> uint8 (B, C, H, W)
 ImageSet = Any  # Images with name, channels, resolution, num_classes and labels (int64 (N,), or None)
+Log = Callable[[str], None]  # takes a line for the user
 
 
 class ScoreError(RuntimeError):

@@ -1,7 +1,5 @@
 """How far drawn vectors are from the training set's: their 2-Wasserstein distance."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -1,15 +1,12 @@
 """The training images nearest to a sample, and how near is a copy."""
 
-from __future__ import annotations
-
 import torch
+from torch import Tensor
 
 from metrics.common import Images, ImageSet, fetch, spread
 
 
-def nearest(
-    samples: Images, dataset: ImageSet, k: int, device: str | torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(samples: Images, dataset: ImageSet, k: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
     """The k nearest training images of each sample: distances float32 (N, k), ascending, and indices int64 (N, k).
 
     The distance is the root mean square difference of pixels in [0, 1], the normalised l2 of 2301.13188, section 4:
@@ -21,9 +18,7 @@ def nearest(
     return torch.cat(distances), torch.cat(indices)
 
 
-def nearest_block(
-    samples: torch.Tensor, dataset: ImageSet, k: int, device: str | torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_block(samples: Tensor, dataset: ImageSet, k: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
     """`nearest` for a block of samples: a matrix product finds candidates, plain differences measure and order them."""
     x = samples.to(device).flatten(1).float() - 128  # centred: smaller squares, less rounding
     best = torch.empty(len(x), 0, device=x.device)

@@ -1,7 +1,5 @@
 """Samples as pictures: grids, enlarged so that 8-pixel digits can be seen, a plot, and PNG files."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +18,12 @@ def grid(images: torch.Tensor, columns: int | None = None, tile: int = 48) -> to
     columns=None makes the grid about square. Pixels are repeated, not smoothed.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
+    return make_grid(_enlarged(images, tile), nrow=columns, padding=2, pad_value=255)
+
+
+def _enlarged(images: torch.Tensor, tile: int) -> torch.Tensor:
     factor = max(1, round(tile / images.shape[-1]))
-    images = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return make_grid(images, nrow=columns, padding=2, pad_value=255)
+    return images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
 def beside(samples: torch.Tensor, nearest: torch.Tensor, marked: torch.Tensor, tile: int = 48) -> torch.Tensor:
@@ -30,11 +31,9 @@ def beside(samples: torch.Tensor, nearest: torch.Tensor, marked: torch.Tensor, t
 
     samples: uint8 (N, C, H, W); nearest: uint8 (N, k, C, H, W); marked: bool (N,), framed in red.
     """
-    factor = max(1, round(tile / samples.shape[-1]))
 
     def framed(images: torch.Tensor) -> torch.Tensor:
-        big = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3).expand(-1, 3, -1, -1)
-        return torch.nn.functional.pad(big, (3, 3, 3, 3), value=255)
+        return torch.nn.functional.pad(_enlarged(images, tile).expand(-1, 3, -1, -1), (3, 3, 3, 3), value=255)
 
     own = framed(samples)
     edge = torch.ones(own.shape[2:], dtype=torch.bool)

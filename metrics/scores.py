@@ -6,16 +6,13 @@ labels (`classifier`: for digits and other images on which Inception says little
 compare, nor do the figures of two classifiers: print `features_name` beside every one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math
-import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +25,8 @@ from torch_fidelity.utils import create_feature_extractor
 
 import config
 from metrics.classifier import classifier_weights
-from metrics.common import Images, ImageSet, fetch, one_line, spread
-from metrics.common import ScoreError as ScoreError
-from metrics.weights import CLIP, DINOV2, inception_weights, published_weights
+from metrics.common import Images, ImageSet, Log, ScoreError, fetch, one_line, spread
+from metrics.weights import CLIP, DINOV2, published_weights
 
 FEATURES = {  # metrics.features -> torch-fidelity's extractor, and its name for people
     "classifier": ("classifier", "classifier features"),
@@ -69,10 +65,10 @@ def score(
     samples: Images,
     dataset: ImageSet | None,  # the training set; None is enough where metrics.reference is set
     metrics_cfg: config.Metrics,
-    cache_dir: str | os.PathLike[str],
+    cache_dir: str | Path,
     device: str | torch.device,
     batch_size: int = 64,
-    log: Callable[[str], None] = print,
+    log: Log = print,
 ) -> dict[str, float]:
     """Scores samples against the training set, or against `metrics.reference` where that is set (fid alone).
 
@@ -89,11 +85,17 @@ def score(
             "metrics.reference holds only the statistics of Inception features: "
             "set metrics.features=inception and metrics.scores=[fid], or metrics.reference=null"
         )
-    rgb = features != "classifier"
+    cache, rgb = Path(cache_dir), features != "classifier"
     with quiet(device):
+        key = file_name(dataset) if reference is None else None
+        if features == "classifier":
+            weights, identity = classifier_weights(dataset, key, cache, device, log)
+        else:
+            weights, identity = published_weights(features, metrics_cfg.weights, log), "rgb"
         options: dict[str, Any] = {
             "input1": FidelityImages(samples, rgb),
             "feature_extractor": FEATURES[features][0],
+            "feature_extractor_weights_path": None if weights is None else str(weights),
             "batch_size": batch_size,
             "cuda": device.type == "cuda",
             "save_cpu_ram": True,  # no worker processes, distances by blocks
@@ -101,22 +103,14 @@ def score(
             "verbose": False,
         }
         if reference is not None:
-            weights = inception_weights(metrics_cfg.weights, log)
-            return {"fid": fid_to_statistics({**options, "feature_extractor_weights_path": str(weights)}, reference)}
-        key = file_name(dataset)
-        if features == "classifier":
-            weights, identity = classifier_weights(dataset, key, cache_dir, device, log)
-        else:
-            weights, identity = published_weights(features, metrics_cfg.weights, log), "rgb"
-        cache = Path(cache_dir) / "fidelity"
-        remove_damaged(cache, f"{key}-{identity}", log)
+            return {"fid": fid_to_statistics(options, reference)}
+        remove_damaged(cache / "fidelity", f"{key}-{identity}", log)
         result = torch_fidelity.calculate_metrics(
             **options,
             **{name: True for name in metrics_cfg.scores},
-            feature_extractor_weights_path=None if weights is None else str(weights),
             input2=FidelityImages(dataset, rgb),
             input2_cache_name=f"{key}-{identity}",
-            cache_root=str(cache),
+            cache_root=str(cache / "fidelity"),
             kid_subset_size=min(1000, len(samples), len(dataset)),
         )
     return {ours: float(result[theirs]) for name in metrics_cfg.scores for ours, theirs in KEYS[name].items()}
@@ -142,7 +136,7 @@ def check_samples(samples: Images, dataset: ImageSet | None) -> None:
         )
 
 
-def remove_damaged(cache: Path, name: str, log: Callable[[str], None]) -> None:
+def remove_damaged(cache: Path, name: str, log: Log) -> None:
     """Delete cached statistics that are not whole, or hold more than arrays: torch-fidelity would unpickle anything."""
     make_array = np.zeros(1).__reduce__()[0]  # its module's name changes with numpy's version
     arrays = [make_array, np.ndarray, np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64))]
@@ -160,7 +154,7 @@ def remove_damaged(cache: Path, name: str, log: Callable[[str], None]) -> None:
         path.unlink()
 
 
-def fid_to_statistics(options: dict[str, Any], path: str | os.PathLike[str]) -> float:
+def fid_to_statistics(options: dict[str, Any], path: str | Path) -> float:
     """FID to reference statistics: an npz with `mu` (2048,) and `sigma` (2048, 2048), as EDM publishes them."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -189,24 +183,18 @@ class FidelityImages(Dataset[torch.Tensor]):
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
         images = fetch(self.images, torch.tensor(indices))
-        if self.rgb and images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
-        return list(images)
+        return list(images.expand(-1, 3, -1, -1) if self.rgb else images)
 
 
 @contextlib.contextmanager
 def quiet(device: torch.device) -> Iterator[None]:
     """No warnings of torch-fidelity's; the global random state restored; the right GPU; gradients as training needs."""
     cuda = device.type == "cuda"
-    with contextlib.ExitStack() as stack:
-        if cuda:
-            stack.enter_context(torch.cuda.device(device))
-        stack.enter_context(torch.random.fork_rng([torch.cuda.current_device()] if cuda else []))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(warnings.catch_warnings())
+    gpu = torch.cuda.device(device) if cuda else contextlib.nullcontext()
+    with gpu, torch.random.fork_rng([torch.cuda.current_device()] if cuda else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
 
 
 def file_name(dataset: ImageSet) -> str:

@@ -1,12 +1,9 @@
 """The published networks whose features are compared: their files found, fetched, and seen to be theirs."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
-import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,23 +12,22 @@ from torch_fidelity.feature_extractor_clip import MODEL_URLS as CLIP_URLS
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
-from metrics.common import ScoreError, one_line
+from metrics.common import Log, ScoreError, one_line
 
 SILENCE = 10.0  # seconds without a byte after which a download is given up
 DINOV2, CLIP = "dinov2-vit-b-14", "clip-vit-b-32"  # as torch-fidelity names them
 
 
-def published_weights(features: str, path: str | os.PathLike[str] | None, log: Callable[[str], None]) -> Path | None:
+def published_weights(features: str, path: str | Path | None, log: Log) -> Path | None:
     """The weights file of `metrics.features`, none of ours, for torch-fidelity; None: it finds DINOv2's own.
 
     path: `metrics.weights`; None: torch's download folder, fetched where it is missing. Raises ScoreError.
     """
-    find = {"inception": inception_weights, "clip": clip_weights, "dinov2": check_dinov2}[features]
-    return find(path, log)
+    return {"inception": _inception, "clip": _clip, "dinov2": _dinov2}[features](path, log)
 
 
-def inception_weights(path: str | os.PathLike[str] | None, log: Callable[[str], None]) -> Path:
-    """The path of torch-fidelity's Inception weights: `metrics.weights`, or torch's download folder (fetched once)."""
+def _inception(path: str | Path | None, log: Log) -> Path:
+    """torch-fidelity's Inception weights."""
     found, advice = find_weights("Inception", URL_INCEPTION_V3, URL_INCEPTION_V3.rsplit("/", 1)[1], path, log)
     try:  # torch-fidelity unpickles the file freely: refuse here one that holds more than tensors
         state = torch.load(found, map_location="cpu", weights_only=True)
@@ -43,8 +39,8 @@ def inception_weights(path: str | os.PathLike[str] | None, log: Callable[[str], 
     return found
 
 
-def clip_weights(path: str | os.PathLike[str] | None, log: Callable[[str], None]) -> Path:
-    """The path of OpenAI's file of CLIP ViT-B/32. It is TorchScript, which is code: only theirs is run."""
+def _clip(path: str | Path | None, log: Log) -> Path:
+    """OpenAI's file of CLIP ViT-B/32. It is TorchScript, which is code: only theirs is run."""
     digest = CLIP_FILES[CLIP]["hash"]
     found, advice = find_weights("CLIP", CLIP_URLS[CLIP], f"{CLIP}-{digest}.pt", path, log)
     if hashlib.sha256(found.read_bytes()).hexdigest() != digest:
@@ -52,20 +48,17 @@ def clip_weights(path: str | os.PathLike[str] | None, log: Callable[[str], None]
     return found
 
 
-def check_dinov2(path: str | os.PathLike[str] | None, log: Callable[[str], None]) -> None:
+def _dinov2(path: str | Path | None, log: Log) -> None:
     """See that torch.hub has, or can fetch, DINOv2's code and weights. torch-fidelity takes no local file for it."""
     if path is not None:
         raise ScoreError("metrics.weights is for inception and clip: DINOv2 comes from torch.hub; set it to null")
     log(f"DINOv2 comes from torch.hub (kept in {torch.hub.get_dir()})")
-    with mendable(
-        f"DINOv2 could not be fetched (%s): fetch it on another machine and copy its {torch.hub.get_dir()} here"
-    ):
+    advice = f"fetch it on another machine and copy its {torch.hub.get_dir()} here"
+    with mendable(f"DINOv2 could not be fetched (%s): {advice}"):
         create_feature_extractor(DINOV2, ["dinov2"], cuda=False, verbose=False)
 
 
-def find_weights(
-    network: str, url: str, name: str, path: str | os.PathLike[str] | None, log: Callable[[str], None]
-) -> tuple[Path, str]:
+def find_weights(network: str, url: str, name: str, path: str | Path | None, log: Log) -> tuple[Path, str]:
     """The file `path`, or torch's download `name`, fetched where it is missing; and advice for messages about it."""
     found = Path(torch.hub.get_dir()) / "checkpoints" / name if path is None else Path(path)
     advice = f"give a file got from {url} as metrics.weights=PATH"
@@ -76,7 +69,7 @@ def find_weights(
     return found, advice
 
 
-def download(network: str, url: str, path: Path, log: Callable[[str], None]) -> None:
+def download(network: str, url: str, path: Path, log: Log) -> None:
     """Fetches a network's weights; the file, whose name ends in its hash, is whole or absent."""
     log(f"fetching {network}'s weights from {url}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ MUTANTS = [
     ),
     Mutant(
         "c_in-missing", "networks/preconditioning.py",
-        "inputs = (c_in * x, ", "inputs = (x, ",
+        "self.model((_wide(c_in, x) * x).to(dtype)", "self.model(x.to(dtype)",
         "the input is not scaled: Kinyugo/consistency_models #18", "networks:precondition or boundary or variance",
     ),
     Mutant(
@@ -84,7 +84,7 @@ MUTANTS = [
     ),
     Mutant(
         "trigflow-sign", "networks/preconditioning.py",
-        "c_skip * x - c_out * f if", "c_skip * x + c_out * f if",
+        "-c_out if self.precond", "c_out if self.precond",
         "D = cos x_t + sin sd F", "distillation:trigflow",
     ),
     Mutant(
@@ -186,7 +186,7 @@ MUTANTS = [
     ),
     Mutant(
         "ict-weight-of-the-level", "objectives/ict.py",
-        "self.distance(D, D_target) / (high - low)", "self.distance(D, D_target) / high",
+        "x.new_zeros(())) / (high - low)", "x.new_zeros(())) / high",
         "1/s_{i+1} in place of 1/(s_{i+1} - s_i)", "objectives",
     ),
     Mutant(
@@ -213,7 +213,7 @@ MUTANTS = [
     ),
     Mutant(
         "noise-not-shared-ect", "objectives/ect.py",
-        "D_r = model(x + append_dims(at, x) * noise", "D_r = model(x + append_dims(at, x) * torch.randn_like(x)",
+        "D_t - model(x + append_dims(at, x) * noise", "D_t - model(x + append_dims(at, x) * torch.randn_like(x)",
         "the target sees another noise", "objectives",
     ),
     Mutant(
@@ -238,7 +238,7 @@ MUTANTS = [
     ),
     Mutant(
         "mask-not-shared-tcm", "objectives/tcm.py",
-        "with replayed(dropout, x.device):", "if dropout:",
+        "with replayed(dropout, x.device):\n                D_r", "if dropout:\n                D_r",
         "two dropout masks", "objectives",
     ),
     Mutant(
@@ -299,8 +299,8 @@ MUTANTS = [
     ),
     Mutant(
         "labels-of-other-trajectories-cmt", "objectives/cmt.py",
-        "many = {name: v.repeat(self.steps, *[1] * (v.ndim - 1))",
-        "many = {name: v.repeat_interleave(self.steps, 0)",
+        "n: v[rows].repeat(self.steps, *[1] * (v.ndim - 1))",
+        "n: v[rows].repeat_interleave(self.steps, 0)",
         "points are given the labels of other trajectories", "distillation:cmt",
     ),
     Mutant(
@@ -357,7 +357,7 @@ MUTANTS = [
     ),
     Mutant(
         "tcm-targets-from-the-student", "objectives/tcm.py",
-        "target = torch.where(below, self.stage1(x_r, r, **conditions), D_r)", "target = D_r",
+        "target = torch.where(append_dims(r, x) < self.t_prime, D_stage1, D_r)", "target = D_r",
         "targets below t' are not the frozen stage's", "distillation",
     ),
     Mutant(
@@ -409,7 +409,7 @@ MUTANTS = [
     Mutant(
         "grid-from-raw-weights", "training/trainer.py",
         "step.emas[0].module,", "step.model,",
-        "raw weights sampled in training", "trainer generate",
+        "raw weights sampled in training", "trainer:average",
     ),
     Mutant(
         "raw-weights-loaded", "checkpoints/state.py",
@@ -491,7 +491,7 @@ MUTANTS = [
     ),
     Mutant(
         "same-dropout-at-every-step", "training/step.py",
-        'key(self.cfg.run.seed, "dropout", self.step, self.rank, start)', 'key(self.cfg.run.seed, "dropout")',
+        "dropping.integers(2**31, rows)", "torch.arange(len(x))",
         "one dropout mask for the whole run: elixir-nx/axon #423", "trainer:draws_anew",
     ),
     Mutant(

@@ -20,7 +20,7 @@ import checkpoints
 import config
 import convert
 import networks
-from checkpoints import common, edm, formats, openai
+from checkpoints import common, edm, openai
 
 EDM = GOLDEN / "edm_checkpoint.pkl"
 OPENAI, ARCH = GOLDEN / "openai_unet.pt", GOLDEN / "openai_unet.json"
@@ -71,7 +71,7 @@ def test_edm_pickle_computes_what_edm_computed(tmp_path, capsys):
 
 
 def test_openai_weights_compute_what_openai_computed(tmp_path):
-    formats.import_checkpoint(OPENAI, tmp_path / "cm.ckpt", ARCH)
+    convert.import_checkpoint(OPENAI, tmp_path / "cm.ckpt", ARCH)
     model, io = checkpoints.load_model(tmp_path / "cm.ckpt"), golden("openai_unet_io")
     labels = one_hot(io["y"], 10).float()
     assert relative_error(model(io["x"], io["sigma"], labels), io["D"]) < 1e-5
@@ -86,7 +86,7 @@ def test_openai_diffusion_teachers_keep_edms_preconditioning(tmp_path):
     """karras_diffusion.py without distillation: c_skip = sd^2/(s^2+sd^2), c_out = s sd/sqrt(s^2+sd^2), 250 ln s."""
     arch = tmp_path / "arch.json"
     arch.write_text(json.dumps({**json.loads(ARCH.read_text()), "precond": "edm"}))
-    formats.import_checkpoint(OPENAI, tmp_path / "edm.ckpt", arch)
+    convert.import_checkpoint(OPENAI, tmp_path / "edm.ckpt", arch)
     model, io = checkpoints.load_model(tmp_path / "edm.ckpt"), golden("openai_unet_io")
     x, labels, sigma = io["x"], one_hot(io["y"], 10).float(), io["sigma"].reshape(-1, 1, 1, 1)
     total = sigma**2 + 0.25
@@ -126,7 +126,7 @@ def test_openai_structure_is_read_from_the_weights(tmp_path, scale_shift_norm):
     }
     path = saved(tmp_path / "a.ckpt", (64, 3, 0, 0), **network)
     to_openai(path, tmp_path / "a.pt")
-    notes = formats.import_checkpoint(tmp_path / "a.pt", tmp_path / "b.ckpt")
+    notes = convert.import_checkpoint(tmp_path / "a.pt", tmp_path / "b.ckpt")
     assert "image_size 64, num_head_channels 64, dropout 0.0, precond cm" in notes[0]
     old, new = checkpoints.load(path), checkpoints.load(tmp_path / "b.ckpt")
     cfg = checkpoints.config_of(new, "").network
@@ -306,7 +306,7 @@ def test_what_a_pickle_can_name_it_cannot_change(tmp_path):
 
 
 def model_of(path):
-    return checkpoints.model_from(formats.read(path)[0], path)
+    return checkpoints.model_from(convert.read(path)[0], path)
 
 
 def inputs():
@@ -399,7 +399,7 @@ def test_diffusers_makes_the_same_images(tmp_path, source, capsys):
     elif source == "without attention":  # heads would be wider than any level
         saved(path, (8, 3, 10, 0), **network, norm_groups=8, scale_shift_norm=False)
     else:
-        formats.import_checkpoint(OPENAI, path, ARCH)
+        convert.import_checkpoint(OPENAI, path, ARCH)
     assert convert.main(["export", str(path), str(tmp_path / "out"), "--to", "diffusers"]) == 0
     files = {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert files == {".json", ".safetensors"}
@@ -428,7 +428,7 @@ def test_diffusers_says_what_it_lacks(tmp_path, network, what, capsys):
     pytest.importorskip("safetensors")
     path = saved(tmp_path / "a.ckpt", **{"precond": "cm", "c_noise": "log250", **network})
     with pytest.raises(checkpoints.CheckpointError, match=what) as error:
-        formats.export_checkpoint(path, tmp_path / "out", "diffusers")
+        convert.export_checkpoint(path, tmp_path / "out", "diffusers")
     assert str(error.value).startswith("--to diffusers: no counterpart") and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["a.ckpt"]  # and no part of a folder
 
@@ -436,11 +436,11 @@ def test_diffusers_says_what_it_lacks(tmp_path, network, what, capsys):
 def test_safetensors_there_and_back(tmp_path):
     safetensors = pytest.importorskip("safetensors")
     path = saved(tmp_path / "a.ckpt", model_channels=8, precond="cm", dropout=0.2)
-    formats.export_checkpoint(path, tmp_path / "out", "safetensors")
+    convert.export_checkpoint(path, tmp_path / "out", "safetensors")
     file = tmp_path / "out" / "model.safetensors"
     with safetensors.safe_open(file, "pt") as content:
         assert json.loads(content.metadata()["config"])["network"]["dropout"] == 0.2
-    formats.import_checkpoint(file, tmp_path / "b.ckpt")
+    convert.import_checkpoint(file, tmp_path / "b.ckpt")
     old, new = checkpoints.load(path), checkpoints.load(tmp_path / "b.ckpt")
     assert new["config"] == old["config"] and new["data"] == old["data"] and new["data"]["class_counts"] == [2, 3, 4]
     x, sigma, labels = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 50.0]), torch.eye(3)[:2]
@@ -450,7 +450,7 @@ def test_safetensors_there_and_back(tmp_path):
     for damaged in (whole[: len(whole) // 2], whole.replace(b'\\"precond\\": \\"cm\\"', b'\\"precond\\": \\"no\\"')):
         file.write_bytes(damaged)
         with pytest.raises(config.ConfigError, match="safetensors") as error:
-            formats.import_checkpoint(file, tmp_path / "c.ckpt")
+            convert.import_checkpoint(file, tmp_path / "c.ckpt")
         assert "\n" not in str(error.value)
 
 
@@ -458,7 +458,7 @@ def test_onnx_computes_the_same_for_any_batch(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     path = saved(tmp_path / "a.ckpt", model_channels=8, channel_mult=[1, 1], num_blocks=1, attn_resolutions=[])
-    formats.export_checkpoint(path, tmp_path / "out", "onnx")
+    convert.export_checkpoint(path, tmp_path / "out", "onnx")
     session = runtime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     model = checkpoints.load_model(path)
     for batch in (1, 5):
@@ -474,4 +474,4 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, to, package):
     for name in (package, f"{package}.torch"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(checkpoints.CheckpointError, match=r"needs .*; pip install -r requirements-dev\.txt"):
-        formats.export_checkpoint(path, tmp_path / "out", to)
+        convert.export_checkpoint(path, tmp_path / "out", to)

@@ -1,19 +1,25 @@
 """The fast path computes what the plain one does: precision, compiler, checkpointing, microbatches, no waiting."""
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import EVERY, every_objective, tiny
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import data
 import networks
 from networks.layers import UNetBlock
-from training import diagnose, trainer
+from training import diagnose, speed, trainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -231,3 +237,110 @@ def test_the_loop_never_waits_for_images_in_files(tmp_path):
                 next(batches)
                 waited[workers] += time.perf_counter() - start
     assert waited[2] < 0.5 * waited[0]
+
+
+def test_operations_are_counted_as_torch_counts_them_and_grow_with_the_rows(teacher, tmp_path):
+    """A product by hand; and every objective's step: its first rows by torch's counter, and the whole batch."""
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    assert speed.flops(lambda: a @ b) == 2 * 3 * 4 * 5
+    for name in EVERY:
+        run = trainer.Trainer(every_objective(tmp_path, name, teacher, data={"conditional": False}))
+        step, batch = run.train_step, run.dataset.read(torch.arange(16))
+        step(*batch)
+        weights, sums = step.flat.vector.clone(), dict(step.sums)
+        random = torch.get_rng_state()
+        counted = run.speed.flops_per_image(*batch)
+        assert torch.equal(weights, step.flat.vector) and sums == step.sums and step.step == 1
+        assert torch.equal(random, torch.get_rng_state()) and not step.gradient.any()
+        x, conditions, draws = step.prepare(batch[0][: step.group_size], None, 0)
+        with FlopCounterMode(display=False) as counter:
+            step.objective(step.model, x, step=0, draws=draws, **conditions).loss.mean().backward()
+        assert counter.get_total_flops() == counted * step.group_size, name
+        step.group_size = 16
+        assert run.speed.flops_per_image(*batch) == pytest.approx(counted, rel=0.05), name
+
+
+def test_forward_mode_and_half_precision_are_counted(tmp_path):
+    """Forward, target, backward: 1 + 1 + 2 passes. A derivative in place of the target makes it 1 + 2 + 2, and one more
+    where torch's forward mode multiplies by the zeros that are the weights' tangents, as 2.14 does."""
+    counts = {}
+    for difference in ("two_passes", "forward_mode"):
+        settings = {"objective": {"name": "ect", "difference": difference}, "train": {"precision": "bf16"}}
+        run = trainer.Trainer(tiny(tmp_path, **settings))
+        counts[difference] = run.speed.flops_per_image(*run.dataset.read(torch.arange(16)))
+    assert 1.2 < counts["forward_mode"] / counts["two_passes"] < 1.55
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_peak_is_measured_in_no_time_and_moves_no_generator(precision):
+    before, start = torch.get_rng_state(), time.perf_counter()
+    peak = speed.matmul_peak.__wrapped__(torch.device("cpu"), precision)
+    assert peak > 1e8 and time.perf_counter() - start < 0.5  # 20 ms on a quiet machine
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_attention_of_a_cpu_is_counted():
+    q = torch.randn(1, 2, 300, 16, requires_grad=True)
+    forward = speed.flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert forward == 2 * 2 * 2 * 300 * 300 * 16
+    both = speed.flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward())
+    assert both == forward * 3.5  # the scores are computed again
+
+
+def test_another_stage_is_counted_anew_but_not_all_the_time(tmp_path):
+    run = trainer.Trainer(tiny(tmp_path))
+    batch, counted, real = run.dataset.read(torch.arange(16)), [], run.speed.flops_per_image
+    run.speed.flops_per_image = lambda *batch: counted.append(1) or real(*batch)
+    first = run.speed.bound(batch, 0)
+    assert run.speed.bound(batch, 0) == first and run.speed.bound(batch, 1) == first and len(counted) == 1
+    run.speed.counted_at -= 11
+    assert run.speed.bound(batch, 0) == first and len(counted) == 1
+    run.speed.bound(batch, 1)
+    assert len(counted) == 2
+
+
+ROOT = Path(__file__).parent.parent
+TINIER = "network.model_channels=4 network.channel_mult=[1] network.num_blocks=1 network.attn_resolutions=[]"
+THEIRS = {  # what benchmarks/original.py calls of the original ECT code
+    "networks": """
+import torch
+
+class ECMPrecond(torch.nn.Module):
+    def __init__(self, img_resolution, img_channels, model_type, sigma_data, model_channels, dropout, **settings):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(img_channels, img_channels, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+""",
+    "loss": """
+import torch
+
+class ECMLoss:
+    def update_schedule(self, stage):
+        self.stage = stage
+
+    def __call__(self, net, images):
+        torch.cuda.get_rng_state()
+        return (net(images) - images).square()
+""",
+}
+
+
+def test_the_pieces_of_the_gpu_script_run_here(tmp_path):
+    """On a CPU, with a tiny network; the GPU's tests are skipped."""
+    (tmp_path / "ect" / "training").mkdir(parents=True)
+    for name, code in THEIRS.items():
+        (tmp_path / "ect" / "training" / f"{name}.py").write_text(code)
+    env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)}
+    env |= {"TINY": f"{TINIER} train.batch_size=2", "PIXELS": "8", "STEPS": "1", "WARMUP": "1"}
+    env |= {"TESTS": "tests/test_speed.py", "ECT": str(tmp_path / "ect")}
+    for piece in "12":
+        command = ["bash", ROOT / "benchmarks" / "gpu.sh", piece]
+        done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    names = [f"step_gpu_{name}" for name in ("edm", "ect", "ect_stage15", "sct")] + ["original_gpu_stage15"]
+    rows = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in names}
+    for row in rows.values():
+        assert row["images_per_second"] > 0 and 0 < row["share_of_peak"] < 1 and row["peak_memory"] > 0
+    assert rows["step_gpu_ect_stage15"]["stage"] == rows["original_gpu_stage15"]["stage"] == 15

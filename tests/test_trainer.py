@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from config import ConfigError
 from metrics import scores
 from objectives import Output
 from sources.images import ImageSet
-from training import trainer
+from training import speed, trainer
 from training.evaluate import Evaluation
 from training.logs import RunLog
 from training.step import TrainingStep, learning_rate
@@ -371,3 +372,23 @@ def test_sampling_and_scoring_do_not_count_as_training(tmp_path, monkeypatch):
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     speeds = [entry["images_per_second"] for entry in entries]
     assert len(speeds) == 6 and min(speeds) > 100 and max(speeds) < 16 / 0.02 * 1.01
+
+
+def test_a_run_says_its_speed_in_the_fields_terms(tmp_path, monkeypatch, capsys):
+    """MFU and memory in metrics.jsonl, TensorBoard and the status line; how often moves no number; where counting
+    fails there is no MFU."""
+    for name, every in (("a", 2), ("b", 6)):
+        trainer.train(tiny(tmp_path / name, train={"log_every": every, "keep": 9}))
+    entries = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert len(entries) == 3 and all(0 < e["mfu"] < 1 and 0.05 < e["peak_memory_gb"] < 100 for e in entries)
+    assert {"mfu", "peak_memory_gb"} <= set(EventAccumulator(str(tmp_path / "a")).Reload().Tags()["scalars"])
+    assert re.search(r"step 6/6  loss \S+  [\d,]+ images/s, MFU [\d.]+%, \d+\.\d GB  ", capsys.readouterr().out)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+    def fails(call):
+        raise RuntimeError("no formula")
+
+    monkeypatch.setattr(speed, "flops", fails)
+    trainer.train(tiny(tmp_path / "c"))
+    assert "mfu" not in json.loads((tmp_path / "c" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "MFU" not in capsys.readouterr().out and same(weights(tmp_path / "a"), weights(tmp_path / "c"))

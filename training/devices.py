@@ -1,10 +1,8 @@
 """Which device and arithmetic a process uses, and its place among the processes of torchrun."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -14,9 +12,7 @@ import torch.distributed as dist
 from config import ConfigError, RunFailed
 
 SILENCE = timedelta(minutes=10)  # within a step: then a rank is taken for dead
-PATIENCE = timedelta(
-    days=7
-)  # while rank 0 works alone: it downloads, decodes, scores; one that dies is noticed at once
+PATIENCE = timedelta(days=7)  # while rank 0 downloads, decodes or scores alone; one that dies is noticed at once
 _patient: dist.ProcessGroup | None = None
 
 
@@ -36,63 +32,51 @@ def start_ranks() -> None:
         raise RunFailed(f"the ranks did not find each other: {' '.join(str(error).split())[:200]}") from None
 
 
-@contextmanager
-def other_ranks() -> Iterator[None]:
-    """Talk to the other ranks in the body. Raises RunFailed where one of them has ended or does not answer."""
+def talk(call: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """A call of torch.distributed, where there are other ranks. Raises RunFailed where one has ended or is silent."""
     try:
-        yield
+        if dist.is_initialized():
+            call(*args, **options)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise RunFailed(
-            f"rank {rank_and_world()[0]}: another rank has ended or does not answer ({reason}); see its own message, "
-            "and start again with --resume"
-        ) from None
+        what = f"another rank has ended or does not answer ({' '.join(str(error).split())[:120]})"
+        advice = "see its own message, and start again with --resume"
+        raise RunFailed(f"rank {rank_and_world()[0]}: {what}; {advice}") from None
 
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; every rank must ask at the same step. Goes over the CPU, not the GPU."""
-    if not dist.is_initialized():
-        return flag
     votes = torch.tensor(int(flag))
-    with other_ranks():
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    talk(dist.all_reduce, votes, op=dist.ReduceOp.MAX)
     return bool(votes)
 
 
 def of_any_rank(finding: str | None) -> str | None:
     """What the first rank that found something found; every rank must ask at the same step."""
-    if not dist.is_initialized():
-        return finding
-    findings: list[str | None] = [None] * dist.get_world_size()
-    with other_ranks():
-        dist.all_gather_object(findings, finding, group=_patient)
+    findings = [finding] * rank_and_world()[1]
+    talk(dist.all_gather_object, findings, finding, group=_patient)
     return next((finding for finding in findings if finding), None)
 
 
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
-    if dist.is_initialized():
-        with other_ranks():
-            dist.broadcast_object_list(box, group=_patient)
+    talk(dist.broadcast_object_list, box, group=_patient)
     return box[0]
 
 
 def wait_for_all() -> None:
     """Wait until every rank is here, however long one works alone."""
-    if dist.is_initialized():
-        with other_ranks():
-            dist.barrier(group=_patient)
+    talk(dist.barrier, group=_patient)
 
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 goes through the body before the others: it downloads, they find the files."""
-    rank, world = rank_and_world()
-    if world > 1 and rank > 0:
+    rank, _ = rank_and_world()
+    if rank > 0:
         wait_for_all()
     yield
-    if world > 1 and rank == 0:
+    if rank == 0:
         wait_for_all()
 
 
@@ -122,18 +106,12 @@ def pick_precision(name: str, device: torch.device) -> str:
     """fp32, bf16, fp16 or fp64; `auto` takes what the device does fast."""
     if name != "auto":
         return name
-    if device.type != "cuda":
-        return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
-    return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere that is slow. Only Linux tells; others are a no."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return not {"avx512_bf16", "amx_bf16"}.isdisjoint(file.read(20_000).split())
-    except OSError:
-        return False
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # only Linux tells what is in hardware
+        if device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(file.read(20_000).split()):
+            return "bf16"
+    return "fp32"
 
 
 def set_arithmetic(tf32: bool) -> None:

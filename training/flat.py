@@ -1,6 +1,6 @@
 """All trainable parameters as one vector: one optimizer step, one norm, one mask and one all-reduce for all of them."""
 
-from __future__ import annotations
+from itertools import accumulate
 
 import torch
 
@@ -16,12 +16,8 @@ class FlatParameters:
 
     def __init__(self, parameters: list[torch.nn.Parameter]):
         self.parameters = parameters
-        self.starts, size = [], 0
-        for p in parameters:
-            self.starts.append(size)
-            size += -(-p.numel() // ALIGN) * ALIGN
-        like = parameters[0]
-        self.vector = torch.nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device))
+        *self.starts, size = accumulate((-(-p.numel() // ALIGN) * ALIGN for p in parameters), initial=0)
+        self.vector = torch.nn.Parameter(parameters[0].data.new_zeros(size))
         self.gradient = self.vector.grad = torch.zeros_like(self.vector.data)
         for p, value, gradient in zip(parameters, *map(self.views, (self.vector.data, self.gradient)), strict=True):
             value.copy_(p.data)

@@ -1,8 +1,5 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
 
-from __future__ import annotations
-
-import contextlib
 import io
 import json
 import math
@@ -11,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,11 +19,8 @@ from tqdm import tqdm
 
 from checkpoints.disk import append, write_atomically
 
-
-class Bar(tqdm):
-    """A progress bar without tqdm's thread, which redraws those that are updated too seldom."""
-
-    monitor_interval = 0
+PLAIN_SECONDS = 10.0  # between progress lines where stderr is no terminal
+tqdm.monitor_interval = 0  # no thread of tqdm's that redraws bars which are updated too seldom
 
 
 class RunLog:
@@ -34,8 +28,6 @@ class RunLog:
 
     A full disk or a lost folder costs the entries of that time, never the run.
     """
-
-    PLAIN_SECONDS = 10.0  # between progress lines where stderr is no terminal
 
     def __init__(self, folder: Path, step: int, steps: int, batch_size: int, shown: bool = True):
         self.folder, self.steps, self.batch_size, self.shown = folder, steps, batch_size, shown
@@ -45,7 +37,7 @@ class RunLog:
             return
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self.events = folder / name  # TensorBoard shows the files of a folder as one run
-        self.bar = Bar(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         try:
             _drop_later(folder / "metrics.jsonl", step)
         except OSError as error:
@@ -56,7 +48,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """A line for the user, above the bar; nothing where nobody can be told (a closed pipe, a full disk)."""
         if self.shown:
-            with contextlib.suppress(OSError, ValueError):
+            with suppress(OSError, ValueError):
                 self.bar.write(message)
                 sys.stdout.flush()
 
@@ -98,20 +90,27 @@ class RunLog:
             RecordWriter(records).write(event.SerializeToString())
         self.add(self.events, records.getvalue())
 
-    def progress(self, step: int, values: dict[str, float]) -> None:
-        """Log the means over the steps since the last call, with images/s; show loss, speed and time left."""
+    def progress(self, step: int, values: dict[str, float], bound: float | None = None, memory: float = 0) -> None:
+        """Log the means over the steps since the last call, with images/s; show loss, speed and time left.
+
+        bound: images/s at the devices' measured peak, of which MFU is the share; memory: peak in bytes, 0: not known.
+        """
         now = time.perf_counter()
         speed = (step - self.step) * self.batch_size / max(now - self.read_at, 1e-9)
-        self.curves(step, {**values, "images": step * self.batch_size, "images_per_second": speed})
+        figures, told = {"images_per_second": speed}, f"{speed:,.0f} images/s"
+        if bound:
+            figures["mfu"] = speed / bound
+            told += f", MFU {speed / bound:.0%}" if speed >= 0.1 * bound else f", MFU {speed / bound:.1%}"
+        if memory:
+            figures["peak_memory_gb"] = memory / 1e9
+            told += f", {memory / 1e9:.1f} GB"
+        self.curves(step, {**values, "images": step * self.batch_size, **figures})
         if self.shown:
-            self.bar.set_postfix_str(f"loss {values['loss']:.4g}, {speed:,.0f} images/s")
+            self.bar.set_postfix_str(f"loss {values['loss']:.4g}, {told}")
             self.bar.update(step - self.bar.n)
-            if self.bar.disable and (now - self.told_at >= self.PLAIN_SECONDS or step == self.steps):
-                left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
-                self.say(
-                    f"step {step:,}/{self.steps:,}  loss {values['loss']:.4g}  {speed:,.0f} images/s  "
-                    f"{tqdm.format_interval(left)} left"
-                )
+            if self.bar.disable and (now - self.told_at >= PLAIN_SECONDS or step == self.steps):
+                left = tqdm.format_interval((self.steps - step) * self.batch_size / max(speed, 1e-9))
+                self.say(f"step {step:,}/{self.steps:,}  loss {values['loss']:.4g}  {told}  {left} left")
                 self.told_at = now
         self.step, self.read_at = step, now
 
@@ -123,18 +122,17 @@ class RunLog:
         self.read_at += time.perf_counter() - started
 
     def close(self) -> None:
-        """End the progress bar and the TensorBoard file."""
+        """End the progress bar."""
         if self.shown:
             self.bar.close()
 
 
 def _drop_later(path: Path, step: int) -> None:
     """Remove the lines that a killed run wrote after the checkpoint at `step`, from which this one goes on."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if _step(line) <= step]
-    text = "".join(line + "\n" for line in kept).encode()
-    write_atomically(path, lambda file: file.write(text))
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        text = "".join(f"{line}\n" for line in lines if _step(line) <= step).encode()
+        write_atomically(path, lambda file: file.write(text))
 
 
 def _step(line: str) -> float:

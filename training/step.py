@@ -13,7 +13,7 @@ from config import Config, ConfigError, Train, in_steps
 from ema import EMA, decay_from_half_life
 from networks import Preconditioner
 from objectives.draws import Draws, key
-from training.devices import other_ranks, rank_and_world
+from training.devices import rank_and_world, talk
 from training.flat import FlatParameters
 
 
@@ -86,8 +86,7 @@ class TrainingStep:
         """One optimizer step on this rank's values (B, ...) and what is given with them, labels or conditions."""
         self.backward(values, given)
         if self.world > 1:
-            with other_ranks():
-                dist.all_reduce(self.gradient)
+            talk(dist.all_reduce, self.gradient)
             self.gradient /= self.world
         self.update(learning_rate(self.step, self.cfg.train))
         if hasattr(self.objective, "after_step"):

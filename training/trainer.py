@@ -28,6 +28,7 @@ from training.diagnose import find_microbatch, what_went_bad
 from training.evaluate import Evaluation
 from training.logs import RunLog
 from training.run_folder import RunFolder
+from training.speed import Speedometer, peak_memory
 from training.step import TrainingStep
 
 
@@ -67,6 +68,7 @@ class Trainer:
         model = build_model(cfg, codec, self.device, precision)
         objective = build_objective(cfg, model, load_teacher(cfg, model)).to(self.device)
         self.train_step = TrainingStep(cfg, codec, model, objective, precision)
+        self.speed = Speedometer(self.train_step)
         compile_networks(cfg.train.compile, model, objective, shown=self.rank == 0)
         self.stopping = self.interruptible = False
 
@@ -142,14 +144,15 @@ class Trainer:
         batches = data.batches(resident, cfg.run.seed, cfg.train.batch_size, step.step, rows, cfg.data.workers)
         stop = False
         while step.step < total and not stop:
-            step(*next(batches))
+            batch = next(batches)
+            step(*batch)
             last, stop = step.step == total, any_rank(self.stopping)
             due = {
                 what: not stop and every > 0 and step.step % in_steps(every, total) == 0
                 for what, every in (("grid", cfg.sample.every), ("score", cfg.metrics.every))
             }
             if last or step.step % in_steps(cfg.train.log_every, total) == 0:
-                self.write_log()
+                self.write_log(batch)
             saving = last or stop or step.step % in_steps(cfg.train.save_every, total) == 0
             if saving:
                 self.save()
@@ -205,9 +208,12 @@ class Trainer:
             keep = 2**62 if self.train_step.streak else self.cfg.train.keep
             self.folder.save(self.state(), keep)
 
-    def write_log(self) -> None:
-        """Log the means over the steps since the last entry; stop where all of many were bad."""
-        self.log.progress(self.train_step.step, self.train_step.means())
+    def write_log(self, batch: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        """Log the means over the steps since the last entry; stop where all of many were bad. batch: the last one."""
+        means = self.train_step.means()
+        with self.log.untimed():
+            bound = self.speed.bound(batch, means.get("stage", means.get("N"))) if self.rank == 0 else None
+        self.log.progress(self.train_step.step, means, bound, peak_memory(self.device))
         streak = int(self.train_step.streak)
         if 0 < self.cfg.train.max_bad_steps <= streak:
             self.stop_at_bad_steps(streak)

@@ -1,22 +1,20 @@
-"""Out to diffusers: dhariwal_unet as its UNet2DModel in a ConsistencyModelPipeline."""
+"""Out to other programs: safetensors (and back), ONNX, diffusers."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import networks
-from checkpoints.common import Blocks, State, Weights, defaults, layer_names, package
+from checkpoints.common import Blocks, State, Weights, defaults, layer_names, new_state, package, short
 from checkpoints.state import CheckpointError
+from config import ConfigError
 
-NAMES = {
-    **{
-        "map_layer0": "time_embedding.linear_1",
-        "map_layer1": "time_embedding.linear_2",
-        "map_label": "class_embedding",
-    },
-    "map_augment": "",  # no counterpart; without augmentation labels it does nothing
+NAMES = {  # our layers -> diffusers'
+    **{"map_layer0": "time_embedding.linear_1", "map_layer1": "time_embedding.linear_2"},
+    **{"map_label": "class_embedding", "map_augment": ""},  # no counterpart: at label zero it does nothing
     **{"norm0": "norm1", "conv0": "conv1", "affine": "time_emb_proj", "norm1": "norm2", "conv1": "conv2"},
     **{"skip": "conv_shortcut", "norm2": "group_norm", "qkv": "qkv", "proj": "to_out.0"},
     **{"out_norm": "conv_norm_out", "out_conv": "conv_out"},
@@ -28,7 +26,59 @@ KNOWS = (  # settings of network that are translated, or change nothing in eval 
 )
 
 
-def export(model: torch.nn.Module, state: State, folder: Path) -> list[str]:
+def to_safetensors(model: torch.nn.Module, state: State, folder: Path) -> list[str]:
+    """model.safetensors: the EMA weights, float32, and in its metadata the config and the data's shape as JSON."""
+    safetensors = package("safetensors.torch", "--to safetensors")
+    about = {"config": json.dumps(state["config"]), "data": json.dumps(state["data"])}
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    safetensors.save_file(weights, folder / "model.safetensors", about)
+    return ["model.safetensors is read back by: python convert.py import"]
+
+
+def from_safetensors(path: Path) -> State:
+    """The state in a safetensors file that `to_safetensors` wrote."""
+    safetensors = package("safetensors", path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        cfg, data = (json.loads(about[key]) for key in ("config", "data"))
+        state = new_state(cfg, data["shape"], weights, path)
+        state["data"] |= {"class_counts": data["class_counts"], "scaling": data.get("scaling")}
+        return state
+    except ConfigError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{path}: was not exported by this project: its metadata has no {error}") from None
+    except Exception as error:
+        raise CheckpointError(f"{path}: is no whole safetensors file ({short(error)})") from None
+
+
+def to_onnx(model: torch.nn.Module, state: State, folder: Path) -> list[str]:
+    """model.onnx: D(x, sigma[, class_labels]) for any batch size, float32.
+
+    Weights of 1.5 GiB and more lie beside it in model.onnx.data, since an ONNX file ends at 2 GiB.
+    """
+    if model.codec.kind == "vectors":
+        raise CheckpointError("--to onnx: is for models of images; take --to safetensors for vectors")
+    for name in ("onnx", "onnxscript"):
+        package(name, "--to onnx")
+    size = model.img_resolution
+    inputs = {"x": torch.randn(2, model.img_channels, size, size), "sigma": torch.tensor([1.0, 10.0])}
+    if model.label_dim:
+        inputs["class_labels"] = torch.eye(model.label_dim)[torch.arange(2) % model.label_dim]
+    batch = torch.export.Dim("batch")
+    axes = {name: {0: batch} for name in inputs}
+    large = sum(value.nbytes for value in model.state_dict().values()) >= 1.5 * 2**30
+    options = {"input_names": list(inputs), "output_names": ["D"], "dynamic_shapes": axes, "external_data": large}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own internals
+        torch.onnx.export(model, tuple(inputs.values()), folder / "model.onnx", dynamo=True, verbose=False, **options)
+    top = model.sigma_max
+    return [f"model.onnx: {', '.join(inputs)} -> D, float32; one step is D({top:g} z, {top:g}), z normal"]
+
+
+def to_diffusers(model: torch.nn.Module, state: State, folder: Path) -> list[str]:
     """A folder that diffusers.ConsistencyModelPipeline.from_pretrained loads: one step gives the same images.
 
     For dhariwal_unet with precond cm and c_noise log250, where diffusers' UNet2DModel has the same network.
@@ -98,12 +148,11 @@ def _unet(model: torch.nn.Module, state: State) -> dict[str, Any]:
 def _weights(model: torch.nn.Module) -> Weights:
     """Our weights under diffusers' names; q, k and v as three matrices."""
     net, own = model.model, model.state_dict()
-    names = layer_names(net, _blocks(net), NAMES)
     weights = {}
-    for name, theirs in names.items():
-        value = own[name]
+    for name, theirs in layer_names(net, _blocks(net), NAMES).items():
         if name.startswith("model.map_augment."):
             continue
+        value = own[name]
         if ".qkv." in name:
             heads = net.get_submodule(name.removeprefix("model.").split(".qkv.")[0]).num_heads
             for i, letter in enumerate("qkv"):
@@ -119,20 +168,22 @@ def _weights(model: torch.nn.Module) -> Weights:
 def _blocks(net: networks.DhariwalUNet) -> Blocks:
     """Our blocks as those of diffusers' UNet2DModel, which numbers them level by level."""
     blocks = {}
-    for half, side, resampler in (("enc", "down", "downsamplers"), ("dec", "up", "upsamplers")):
+    fixed = {"conv": ("conv_in", ""), "in1": ("mid_block.resnets.1", "")}
+    fixed["in0"] = ("mid_block.resnets.0", "mid_block.attentions.0")
+    for half, side in (("enc", "down"), ("dec", "up")):
         level, i = 0, 0
         for name in getattr(net, half):
-            if name.endswith("_conv"):
-                theirs = ("conv_in", "")
-            elif name.endswith("_in0"):
-                theirs = ("mid_block.resnets.0", "mid_block.attentions.0")
-            elif name.endswith("_in1"):
-                theirs = ("mid_block.resnets.1", "")
-            elif name.endswith(("_down", "_up")):
-                theirs = (f"{side}_blocks.{level}.{resampler}.0", "")
+            kind = name.split("_")[-1]
+            if kind == side:
+                theirs = (f"{side}_blocks.{level}.{side}samplers.0", "")
                 level, i = level + 1, 0
+            elif kind in fixed:
+                theirs = fixed[kind]
             else:
                 theirs = (f"{side}_blocks.{level}.resnets.{i}", f"{side}_blocks.{level}.attentions.{i}")
                 i += 1
             blocks[f"{half}.{name}"] = theirs
     return blocks
+
+
+EXPORTS = {"diffusers": to_diffusers, "safetensors": to_safetensors, "onnx": to_onnx}
