@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300, help="of that training, batches of 128")
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--stages", type=int, default=16, help="at most so many, the last among them; 1: the last")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="rows that it has of other recipes stay")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -139,10 +140,10 @@ def stages(objective: torch.nn.Module, steps: int) -> dict[str, int]:
     return {str(at(k)): k for k in (*range(0, steps, max(steps // 5000, 1)), steps - 1)}
 
 
-def thinned(found: dict[str, int], most: int = 16) -> dict[str, int]:
-    """At most so many of the stages, the first and the last among them."""
-    names = list(found)
-    keep = {round(i * (len(names) - 1) / (most - 1)) for i in range(most)} if len(names) > most else range(len(names))
+def thinned(found: dict[str, int], most: int) -> dict[str, int]:
+    """At most so many of the stages, the last among them, and the first where there are two."""
+    names, last = list(found), len(found) - 1
+    keep = {last - round(i * last / max(most - 1, 1)) for i in range(most)} if last >= most else range(last + 1)
     return {names[i]: found[names[i]] for i in sorted(keep)}
 
 
@@ -159,7 +160,7 @@ def measure(cfg: config.Config, args: argparse.Namespace) -> Iterator[dict[str, 
         if teacher is not None:
             teacher.autocast = None
         found[wide] = (model, objective.double() if wide else objective)
-    names = thinned(stages(found[False][1], cfg.train.steps))
+    names = thinned(stages(found[False][1], cfg.train.steps), args.stages)
     for name, step in names.items():
         exact = gradients(*found[True], cfg, codec, dataset, step, "fp64", args)
         for precision in args.precisions:

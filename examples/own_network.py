@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from sklearn.datasets import load_sample_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this repository
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # this repository, after your own modules
 from ema import EMA
 from objectives.ect import EasyConsistencyTuning
 from sampler import multistep

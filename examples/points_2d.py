@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import sampler  # noqa: E402
 from ema import EMA  # noqa: E402
+from metrics.distance import wasserstein  # noqa: E402
 from networks import Preconditioner  # noqa: E402
 from objectives import losses  # noqa: E402
 from objectives.ct import ConsistencyTraining  # noqa: E402
@@ -32,7 +33,6 @@ from objectives.ect import EasyConsistencyTuning  # noqa: E402
 from objectives.ict import ImprovedConsistencyTraining  # noqa: E402
 from objectives.scm import ContinuousConsistency  # noqa: E402
 from sampler import karras_sigmas  # noqa: E402
-from sources.vectors import wasserstein  # noqa: E402
 
 SD, TOP, BATCH = 0.5, 10.0, 512  # in noise of 10, points of 0.5 are gone; every level above is one more to learn
 SHOWN = 3000  # points of a panel

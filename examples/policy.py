@@ -141,10 +141,10 @@ def consistency_policy(path: Path, sigmas: list[float]) -> Act:
 
     @torch.inference_mode()
     def act(obs: np.ndarray) -> np.ndarray:
-        condition = model.scaling.condition(torch.as_tensor(obs, dtype=torch.float32))
+        condition = model.codec.condition(torch.as_tensor(obs, dtype=torch.float32))
         z, *more = (torch.randn(len(obs), *model.shape, generator=generator) for _ in sigmas)
         x = sampler.multistep(model, z, sigmas, lambda i: more[i - 1], condition=condition)
-        return model.scaling.restore(x).numpy()
+        return model.codec.restore(x).numpy()
 
     return act
 
@@ -153,10 +153,10 @@ def mse_policy(path: Path, like: networks.Preconditioner, steps: int, seed: int,
     """The same network trained on the same data by mean squared error: no noise in, the mean action out."""
     with np.load(path) as arrays:
         actions, states = torch.from_numpy(arrays["vectors"]), torch.from_numpy(arrays["conditions"])
-    scaling, old = like.scaling, like.model
+    codec, old = like.codec, like.model
     torch.manual_seed(seed)
     net = networks.MLP(old.shape, old.condition_dim, old.map_layer0.out_features, len(old.blocks))
-    x, condition = scaling.normalise(actions), scaling.condition(states)
+    x, condition = codec.normalise(actions), codec.condition(states)
     optimizer = torch.optim.RAdam(net.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -171,8 +171,8 @@ def mse_policy(path: Path, like: networks.Preconditioner, steps: int, seed: int,
     @torch.inference_mode()
     def act(obs: np.ndarray) -> np.ndarray:
         nothing = torch.zeros(len(obs), *old.shape)
-        given = scaling.condition(torch.as_tensor(obs, dtype=torch.float32))
-        return scaling.restore(net(nothing, nothing[:, 0], condition=given)).numpy()
+        given = codec.condition(torch.as_tensor(obs, dtype=torch.float32))
+        return codec.restore(net(nothing, nothing[:, 0], condition=given)).numpy()
 
     return act
 

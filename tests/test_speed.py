@@ -330,7 +330,7 @@ class ECMLoss:
 def test_the_pieces_of_the_gpu_script_run_here(tmp_path):
     """On a CPU, with a tiny network; the GPU's tests are skipped."""
     (tmp_path / "ect" / "training").mkdir(parents=True)
-    for name, code in THEIRS.items():
+    for name, code in {"__init__": "", **THEIRS}.items():
         (tmp_path / "ect" / "training" / f"{name}.py").write_text(code)
     env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)}
     env |= {"TINY": f"{TINIER} train.batch_size=2", "PIXELS": "8", "STEPS": "1", "WARMUP": "1"}

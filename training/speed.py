@@ -101,8 +101,8 @@ class Speedometer:
 
     MFU is the share of it. It counts the products of all passes of a step: student, target and teacher, derivatives,
     backward, what train.checkpointing computes again, and the products with the weights' zero tangents that torch's
-    forward mode computes; not the optimizer, averages and what is done element by element. The peak is that of one product in the run's precision, also for the steps that half precision would get
-    wrong.
+    forward mode computes; not the optimizer, averages and what is done element by element. The peak is that of one
+    product in the run's precision, also for the steps that half precision would get wrong.
     """
 
     def __init__(self, step: TrainingStep):
