@@ -80,6 +80,7 @@ def read_tensors(file: Path | BinaryIO, path: Path) -> Any:
 
 
 def refused(path: Path, name: str) -> CheckpointError:
+    """The error for a file that asks for `name`, which is none of the things that data is made of."""
     name = ascii(name)[1:-1]  # whatever it holds, it is one line without control characters
     return CheckpointError(f"{path}: refused: it asks for {name[:100]}, which is not data; nothing in it was run")
 

@@ -1,6 +1,7 @@
 """How a command ends badly: a wrong command line, bad input, or what the machine refused, on one line each."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -49,5 +50,6 @@ def exit_code(command: Callable[[], int | None], stopped: str = "stopped") -> in
         line, code = machine_failure(error), 1
     except KeyboardInterrupt:
         line, code = stopped, 130
-    print(line, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody can be told where the output goes to a full disk
+        print(line, file=sys.stderr, flush=True)
     return code

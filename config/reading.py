@@ -142,7 +142,7 @@ def first_difference(a: BaseModel, b: BaseModel, ignore: frozenset[str] = frozen
     """The first section.key in which two configs differ, with both values; None where they agree."""
     left, right = a.model_dump(), b.model_dump()
     for section in left:
-        for key in {**left[section], **right[section]}:
+        for key in {"name": None, **left[section], **right[section]}:  # a kind's name before what only it has
             name = f"{section}.{key}"
             if name not in ignore and left[section].get(key) != right[section].get(key):
                 return f"{name} is {left[section].get(key)!r} there and {right[section].get(key)!r} here"

@@ -346,9 +346,14 @@ MUTANTS = [
         "the loss depends on how the batch is split", "ranks:passes_give and tcm",
     ),
     Mutant(
-        "checkpointing-with-another-mask", "networks/layers.py",
-        "use_reentrant=False)", "use_reentrant=False, preserve_rng_state=False)",
-        "the backward pass drops other units than the forward pass did", "speed:checkpointing",
+        "mask-not-of-its-key", "networks/layers.py",
+        "both[:, :size].view(x.shape) >= round(p * 2**16)", "torch.rand_like(x) >= p",
+        "every pass drops other units, as a checkpointed backward pass did", "networks:dropout",
+    ),
+    Mutant(
+        "mask-of-every-layer-the-same", "networks/layers.py",
+        "keys.to(torch.int32) + layer * 0x3C6EF372", "keys.to(torch.int32)",
+        "all layers drop the same places", "networks:dropout",
     ),
     Mutant(
         "resume-forgets-the-microbatch", "training/step.py",
@@ -465,7 +470,7 @@ MUTANTS = [
     ),
     Mutant(
         "ranks-not-summed", "training/step.py",
-        "dist.all_reduce(self.gradient)", "pass",
+        "talk(dist.all_reduce, self.gradient)", "pass",
         "every rank trains alone", "trainer:microbatches",
     ),
     Mutant(

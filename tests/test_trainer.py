@@ -135,7 +135,7 @@ def test_microbatches_and_ranks_give_the_gradient_of_the_whole_batch(objective, 
 
     whole = gradient()
     total = torch.zeros_like(whole)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda own: own.copy_(total.add_(own)))
+    monkeypatch.setattr("training.step.talk", lambda call, own: own.copy_(total.add_(own)))
     gradient(slice(0, 8), rank=0, world=2, local_batch=8, microbatch=8)
     ranks = gradient(slice(8, 16), rank=1, world=2, local_batch=8, microbatch=8)  # its sum is of both
     assert whole.norm() > 0
@@ -364,14 +364,14 @@ def test_better_knows_which_way_a_figure_points(new, old, is_better):
 
 
 def test_sampling_and_scoring_do_not_count_as_training(tmp_path, monkeypatch):
-    """Steps of 20 ms with 16 images are at most 800 images/s; half a second of sampling among them would make it 60."""
-    monkeypatch.setattr(Evaluation, "write_grid", lambda self, step: time.sleep(0.5))
+    """Steps of 20 ms with 16 images are at most 800 images/s; a second of sampling among them would make it 30."""
+    monkeypatch.setattr(Evaluation, "write_grid", lambda self, step: time.sleep(1.0))
     real = TrainingStep.__call__
     monkeypatch.setattr(TrainingStep, "__call__", lambda self, *batch: (time.sleep(0.02), real(self, *batch)))
     trainer.train(tiny(tmp_path, sample={"every": 3}, train={"steps": 12, "log_every": 2, "save_every": 100}))
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     speeds = [entry["images_per_second"] for entry in entries]
-    assert len(speeds) == 6 and min(speeds) > 100 and max(speeds) < 16 / 0.02 * 1.01
+    assert len(speeds) == 6 and min(speeds) > 60 and max(speeds) < 16 / 0.02 * 1.01
 
 
 def test_a_run_says_its_speed_in_the_fields_terms(tmp_path, monkeypatch, capsys):
