@@ -225,6 +225,14 @@ def test_samples_in_training_are_from_the_average(tmp_path):
         assert torch.equal(draw(), before) != changes
 
 
+def test_the_loop_samples_the_first_average(tmp_path, monkeypatch):
+    run, models = trainer.Trainer(tiny(tmp_path)), []
+    monkeypatch.setattr(trainer, "Evaluation", lambda *what: models.append(what[2]) or Evaluation(*what))
+    with run.opened():
+        run.loop()
+    assert len(models) == 1 and models[0] is run.train_step.emas[0].module
+
+
 def test_init_from_takes_the_ema(tmp_path):
     trainer.train(tiny(tmp_path / "a"))
     path = tmp_path / "a" / "checkpoints" / "last.ckpt"
