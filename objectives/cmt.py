@@ -43,7 +43,7 @@ class MidTraining(torch.nn.Module):
             points, sigmas, end = dpm_solver_trajectory(self.teacher, start, self.steps, self.sigma_min, self.sigma_max)
         keys = conditions.pop("dropout_keys", None)  # of points, not of images
         many = {n: v[rows].repeat(self.steps, *[1] * (v.ndim - 1)) for n, v in conditions.items() if v is not None}
-        sigma = sigmas.to(x.device, x.dtype, non_blocking=True).repeat_interleave(len(start))
+        sigma = sigmas.to(x.dtype).to(x.device, non_blocking=True).repeat_interleave(len(start))
         D = model(points.flatten(0, 1), sigma, **many, **({} if keys is None else {"dropout_keys": keys}))
         target = end.repeat(self.steps, *[1] * (x.ndim - 1))
         loss = self.distance(D, target)

@@ -40,7 +40,18 @@ def by_level(loss: torch.Tensor, sigma: torch.Tensor) -> dict[str, tuple[torch.T
 
 def rng_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The state of the generators that dropout on `device` draws from."""
+    if device.type == "mps":
+        return torch.get_rng_state(), torch.mps.get_rng_state()
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_rng_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    """Take the generators of `device` back to a state of `rng_state`."""
+    torch.set_rng_state(state[0])
+    if device.type == "mps":
+        torch.mps.set_rng_state(state[1])
+    elif device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
 
 
 @contextmanager
@@ -50,14 +61,10 @@ def replayed(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.devi
     The two passes of a consistency step must drop the same units (2310.14189 sec. 3.3): otherwise the loss is mostly
     the difference between two masks.
     """
-    cpu, cuda = rng_state(device)
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+    now = rng_state(device)
+    set_rng_state(state, device)
     yield
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)
+    set_rng_state(now, device)
 
 
 def along(
@@ -98,6 +105,7 @@ def step_between(
     noise: torch.Tensor,
     t: torch.Tensor,
     r: torch.Tensor,
+    gap: torch.Tensor,  # t - r (B,), by one who knows it better than by subtracting
     **conditions: torch.Tensor | None,
 ) -> torch.Tensor:
     """D(x + t z; t) - D(x + r z; r) (B, ...) as (t - r) dD/ds at the midpoint s = (t + r) / 2; without gradient.
@@ -106,7 +114,7 @@ def step_between(
     """
     middle = (t + r) / 2
     _, slope = along(model, x + append_dims(middle, x) * noise, middle, noise, torch.ones_like(middle), **conditions)
-    return append_dims(t - r, x) * slope
+    return append_dims(gap, x) * slope
 
 
 def held(value: torch.Tensor, D: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from objectives.common import Model, Output, append_dims, by_level, replayed, rng_state
-from objectives.draws import Draws
+from objectives.draws import Draws, home, wide
 from objectives.losses import Distance
 from objectives.schedules import ct_levels, ct_target_decay
 from sampler import karras_sigmas
@@ -68,7 +68,8 @@ class ConsistencyTraining(torch.nn.Module):
         """x (B, ...) clean data; index (B,) int64, n of the pair, 0 at sigma_min, and noise (B, ...) may be given."""
         draws = draws or Draws.fresh(x)
         N = self.levels(step)
-        sigmas = karras_sigmas(N, self.sigma_min, self.sigma_max, device=x.device).flip(0)
+        sigmas = karras_sigmas(N, self.sigma_min, self.sigma_max, device=home(x.device)).flip(0)
+        sigmas = sigmas.to(wide(x.device)).to(x.device)
         if index is None:
             index = draws.integers(N - 1, (len(x),))
         if noise is None:

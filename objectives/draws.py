@@ -18,6 +18,16 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """float64, in which noise levels are drawn and paired; on mps, which has none, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def home(device: torch.device) -> torch.device:
+    """Where tables of float64 for `device` are computed: there, but on the CPU for mps."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class Draws:
     """The random numbers of one training step, for rows [start, start + count) of a global batch of `total`.
 

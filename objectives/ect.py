@@ -17,9 +17,9 @@ from objectives.common import (
     rng_state,
     step_between,
 )
-from objectives.draws import Draws
+from objectives.draws import Draws, wide
 from objectives.losses import pseudo_huber
-from objectives.schedules import ect_r
+from objectives.schedules import ect_pair
 
 
 class EasyConsistencyTuning(torch.nn.Module):
@@ -32,7 +32,7 @@ class EasyConsistencyTuning(torch.nn.Module):
         self,
         steps_per_stage: float,  # the stage grows by one every so many steps; math.inf: constant at 0
         q: float = 2.0,  # delta t shrinks by this factor per stage
-        mapping: str = "sigmoid",  # n(t), see schedules.ect_r
+        mapping: str = "sigmoid",  # n(t), see schedules.ect_pair
         P_mean: float = -1.1,  # mean of ln t
         P_std: float = 2.0,  # its standard deviation
         huber_c: float = 0.0,  # c of the pseudo-Huber distance
@@ -59,20 +59,20 @@ class EasyConsistencyTuning(torch.nn.Module):
         draws = draws or Draws.fresh(x)
         if t is None:
             # float64, because t - r is a small difference of large numbers
-            t = (self.P_mean + self.P_std * draws.normal((len(x),)).double()).exp()
+            t = (self.P_mean + self.P_std * draws.normal((len(x),)).to(wide(x.device))).exp()
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
-        r = ect_r(t, self.stage(step), self.q, self.mapping)
+        r, gap = ect_pair(t, self.stage(step), self.q, self.mapping)
 
         dropout = rng_state(x.device)
         D_t = model(x + append_dims(t, x) * noise, t, **conditions)
         with torch.no_grad(), replayed(dropout, x.device):
             at = torch.where(r > 0, r, t)  # ln 0 is no noise label; these rows take the data below
             if forward_mode(model, self.difference, self.gap(step)):
-                step_down = step_between(model, x, noise, t, at, **conditions)
+                step_down = step_between(model, x, noise, t, at, gap, **conditions)
             else:
                 step_down = D_t - model(x + append_dims(at, x) * noise, at, **conditions)
             step_down = torch.where(append_dims(r, x) > 0, step_down, D_t - x)
-        loss = pseudo_huber(held(step_down, D_t), x.new_zeros(()), self.huber_c) / (t - r)
-        log = {"stage": self.stage(step), "gap": ((t - r) / t).mean()}
+        loss = pseudo_huber(held(step_down, D_t), x.new_zeros(()), self.huber_c) / gap
+        log = {"stage": self.stage(step), "gap": (gap / t).mean()}
         return Output(loss, {**log, **by_level(loss, t)})

@@ -17,7 +17,7 @@ from objectives.common import (
     rng_state,
     step_between,
 )
-from objectives.draws import Draws
+from objectives.draws import Draws, home, wide
 from objectives.losses import Distance, pseudo_huber
 from objectives.schedules import ict_index_probabilities, ict_levels
 from sampler import karras_sigmas
@@ -58,9 +58,10 @@ class ImprovedConsistencyTraining(torch.nn.Module):
         return 7 * (1 - (self.sigma_min / self.sigma_max) ** (1 / 7)) / (N - 1)
 
     def _grid(self, N: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ascending noise levels (N,) and the cumulative probabilities of their pairs (N-1,), float64."""
-        sigmas = karras_sigmas(N, self.sigma_min, self.sigma_max, device=device).flip(0)
-        return sigmas, ict_index_probabilities(sigmas, self.P_mean, self.P_std).cumsum(0)
+        """Ascending noise levels (N,) and the cumulative probabilities of their pairs (N-1,), `wide`."""
+        sigmas = karras_sigmas(N, self.sigma_min, self.sigma_max, device=home(device)).flip(0)
+        cumulative = ict_index_probabilities(sigmas, self.P_mean, self.P_std).cumsum(0)
+        return sigmas.to(wide(device)).to(device), cumulative.to(wide(device)).to(device)
 
     def forward(
         self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
@@ -71,7 +72,7 @@ class ImprovedConsistencyTraining(torch.nn.Module):
         N = self.levels(step)
         sigmas, cumulative = self.grid(N, x.device)
         if index is None:
-            u = draws.uniform((len(x),), torch.float64)
+            u = draws.uniform((len(x),), cumulative.dtype)
             index = torch.searchsorted(cumulative, u, right=True).clamp(max=N - 2)
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
@@ -81,7 +82,7 @@ class ImprovedConsistencyTraining(torch.nn.Module):
         D = model(x + append_dims(high, x) * noise, high, **conditions)
         with torch.no_grad(), replayed(dropout, x.device):
             if forward_mode(model, self.difference, self.gap(N)):
-                step_down = step_between(model, x, noise, high, low, **conditions)
+                step_down = step_between(model, x, noise, high, low, high - low, **conditions)
             else:
                 step_down = D - model(x + append_dims(low, x) * noise, low, **conditions)
         loss = self.distance(held(step_down, D), x.new_zeros(())) / (high - low)

@@ -8,7 +8,7 @@ import torch
 
 from objectives.common import Model, Output, append_dims, by_level
 from objectives.ct import snr_weight
-from objectives.draws import Draws
+from objectives.draws import Draws, wide
 from objectives.losses import l2
 
 
@@ -36,6 +36,10 @@ class ProgressiveDistillation(torch.nn.Module):
         self.total_steps, self.N, self.weighting, self.sigma_data = total_steps, N, weighting, sigma_data
         self.low, self.high, self.rho = sigma_min ** (1 / rho), sigma_max ** (1 / rho), rho
 
+    def in_half(self, step: int) -> bool:
+        """Whether half precision holds: on a fine grid the target divides the teacher's rounding by a short step."""
+        return self.intervals(step) <= 8
+
     def intervals(self, step: int) -> int:
         """The student's grid at step k."""
         stages = self.N.bit_length()  # N, N/2, ..., 1
@@ -57,19 +61,18 @@ class ProgressiveDistillation(torch.nn.Module):
             index = draws.integers(N, (len(x),))
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
-        t, half, end = (self.sigma((index.double() + part) / N).to(x.dtype) for part in (0, 0.5, 1))
+        t, half, end = (self.sigma((index.to(wide(x.device)) + part) / N) for part in (0, 0.5, 1))
         x_t = x + append_dims(t, x) * noise
         with torch.no_grad():
-            x_half = self.euler(x_t, t, half, conditions)
-            x_end = self.euler(x_half, half, end, conditions)
-            target = x_t - append_dims(t / (end - t), x) * (x_end - x_t)  # the D whose one step ends at x_end
-        D = model(x_t, t, **conditions)
-        loss = snr_weight(self.weighting, t, self.sigma_data) * l2(D, target)
+            D_t = self.teacher(x_t, t.to(x.dtype), **conditions)
+            x_half = x_t + append_dims((half - t) / t, x) * (x_t - D_t)
+            D_half = self.teacher(x_half, half.to(x.dtype), **conditions)
+            # The D whose one step from t ends where the two do, x_t - t (x_end - x_t) / (end - t), without its small
+            # differences: the two steps' D, weighted.
+            target = torch.lerp(D_t, D_half, append_dims(t * (end - half) / (half * (end - t)), x))
+        D = model(x_t, t.to(x.dtype), **conditions)
+        loss = snr_weight(self.weighting, t.to(x.dtype), self.sigma_data) * l2(D, target)
         return Output(loss, {"N": N, **by_level(loss, t)})
-
-    def euler(self, x: torch.Tensor, high: torch.Tensor, low: torch.Tensor, conditions: dict) -> torch.Tensor:
-        """The teacher's Euler step from noise level `high` to `low`, (B,) each."""
-        return x + append_dims((low - high) / high, x) * (x - self.teacher(x, high, **conditions))
 
     @torch.no_grad()
     def after_step(self, model: torch.nn.Module, step: int) -> None:

@@ -48,17 +48,30 @@ def ict_index_probabilities(sigmas: torch.Tensor, P_mean: float, P_std: float) -
 # ECT (Geng et al. 2024, 2406.14548) -----------------------------------------------------------------------------------
 
 
-def ect_r(
+def ect_pair(
     t: torch.Tensor,  # (B,) the student's noise level
     stage: float,  # a: how often delta t has shrunk so far; 0 at the start
     q: float = 2.0,  # factor by which it shrinks per stage
     mapping: str = "sigmoid",  # n(t) = 1 + k sigmoid(-b t), or "const": n(t) = 1
     k: float = 8.0,
     b: float = 1.0,
-) -> torch.Tensor:
-    """r(t): the target's noise level, r = max(0, t (1 - q^-(stage+1) n(t))), (B,) (2406.14548 sec. 3.2, app. A)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(r, t - r), (B,) each; r(t) = max(0, t (1 - q^-(stage+1) n(t))) is the target's noise level.
+
+    2406.14548 sec. 3.2, app. A. In float32, where t - r would cancel, the gap comes first and r = t - gap.
+    """
     n = 1 + k * torch.sigmoid(-b * t) if mapping == "sigmoid" else torch.ones_like(t)
-    return (t * (1 - n / q ** (stage + 1))).clamp(min=0)
+    share = n / q ** (stage + 1)
+    if t.dtype == torch.float64:
+        r = (t * (1 - share)).clamp(min=0)
+        return r, t - r
+    gap = t * share.clamp(max=1)
+    return t - gap, gap
+
+
+def ect_r(t: torch.Tensor, stage: float, q: float = 2.0, mapping: str = "sigmoid") -> torch.Tensor:
+    """r(t) of `ect_pair`."""
+    return ect_pair(t, stage, q, mapping)[0]
 
 
 # TCM (Lee et al. 2024, 2410.14895) ------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from objectives.common import Model, Output, append_dims, by_level, replayed, rng_state
-from objectives.draws import Draws
+from objectives.draws import Draws, wide
 from objectives.losses import pseudo_huber
-from objectives.schedules import ect_r, truncated_student_t
+from objectives.schedules import ect_pair, truncated_student_t
 
 
 class TruncatedConsistency(torch.nn.Module):
@@ -36,17 +38,19 @@ class TruncatedConsistency(torch.nn.Module):
         self.t_prime, self.q, self.huber_c = t_prime, q, huber_c
         self.boundary_share, self.boundary_weight = boundary_share, boundary_weight
         self.weighting, self.sigma_data = weighting, sigma_data
-        self.register_buffer("ln_t", truncated_student_t(df, scale, t_prime, sigma_max), persistent=False)
+        quantiles = truncated_student_t(df, scale, t_prime, sigma_max)
+        self.ln_t = functools.lru_cache(maxsize=2)(lambda device: quantiles.to(wide(device)).to(device))
 
     def in_half(self, step: int) -> bool:
         """Never: outputs of two networks are compared at almost one point, which half precision drowns."""
         return False
 
     def draw_t(self, draws: Draws) -> torch.Tensor:
-        """t (B,) float64: t' in int(boundary_share x total) rows of the global batch, else from the distribution."""
-        place = draws.uniform((draws.count,), torch.float64) * (len(self.ln_t) - 1)
+        """t (B,), `wide`: t' in int(boundary_share x total) rows of the global batch, else from the distribution."""
+        quantiles = self.ln_t(draws.device)
+        place = draws.uniform((draws.count,), quantiles.dtype) * (len(quantiles) - 1)
         low = place.long()
-        ln_t = torch.lerp(self.ln_t[low], self.ln_t[low + 1], place - low)
+        ln_t = torch.lerp(quantiles[low], quantiles[low + 1], place - low)
         row = torch.arange(draws.start, draws.start + draws.count, device=place.device)
         edges = int(self.boundary_share * draws.total)
         at_boundary = (row + 1) * edges // draws.total > row * edges // draws.total
@@ -62,7 +66,7 @@ class TruncatedConsistency(torch.nn.Module):
             t = self.draw_t(draws)
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
-        r = ect_r(t, 0, self.q)
+        r, gap = ect_pair(t, 0, self.q)
 
         dropout = rng_state(x.device)
         D_t = model(x + append_dims(t, x) * noise, t, **conditions)
@@ -74,9 +78,9 @@ class TruncatedConsistency(torch.nn.Module):
                 D_stage1 = self.stage1(x_r, r, **conditions)
             target = torch.where(append_dims(r, x) < self.t_prime, D_stage1, D_r)
         c_out = t * self.sigma_data / (t**2 + self.sigma_data**2).sqrt()
-        loss = pseudo_huber(D_t, target, self.huber_c) / (t - r if self.weighting == "gap" else c_out**2)
+        loss = pseudo_huber(D_t, target, self.huber_c) / (gap if self.weighting == "gap" else c_out**2)
 
-        boundary = t < self.t_prime + 2e-8  # the original adds 1e-8
+        boundary = t - self.t_prime < 2e-8  # the original adds 1e-8, which float32 would lose
         edges = int(self.boundary_share * draws.total) if given is None else boundary.sum()
         rows = draws.total if given is None else len(t)
         parts = {"main": (loss.detach() * ~boundary, ~boundary), "boundary": (loss.detach() * boundary, boundary)}
@@ -84,4 +88,4 @@ class TruncatedConsistency(torch.nn.Module):
         # Each part's own mean, whatever its share of the batch
         of_main, of_boundary = rows / max(rows - edges, 1), self.boundary_weight * rows / max(edges, 1)
         loss = loss * torch.where(boundary, of_boundary, of_main)
-        return Output(loss, {**log, "gap": ((t - r) / t).mean(), **by_level(loss, t)})
+        return Output(loss, {**log, "gap": (gap / t).mean(), **by_level(loss, t)})

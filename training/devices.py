@@ -12,7 +12,7 @@ import torch.distributed as dist
 from config import ConfigError, RunFailed
 
 SILENCE = timedelta(minutes=10)  # within a step: then a rank is taken for dead
-PATIENCE = timedelta(days=7)  # while rank 0 downloads, decodes or scores alone; one that dies is noticed at once
+PATIENCE = timedelta(days=7)  # while one downloads, decodes, samples or scores; one that dies is noticed at once
 _patient: dist.ProcessGroup | None = None
 
 
@@ -55,6 +55,17 @@ def of_any_rank(finding: str | None) -> str | None:
     findings = [finding] * rank_and_world()[1]
     talk(dist.all_gather_object, findings, finding, group=_patient)
     return next((finding for finding in findings if finding), None)
+
+
+def gather_batches(rows: torch.Tensor | None, count: int, batch: int) -> None:
+    """Fill rank 0's rows (count, ...), on the CPU, with the others': the b-th `batch` of them is of rank b % world."""
+    rank, world = rank_and_world()
+    for b, start in enumerate(range(0, count, batch)):
+        owner = b % world
+        if rank == owner != 0:
+            talk(dist.send, rows[start : start + batch], 0, group=_patient)
+        elif rank == 0 != owner:
+            talk(dist.recv, rows[start : start + batch], owner, group=_patient)
 
 
 def from_rank_0(value: Any) -> Any:
@@ -104,6 +115,8 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """fp32, bf16, fp16 or fp64; `auto` takes what the device does fast."""
+    if name == "fp64" and device.type == "mps":
+        raise ConfigError("train.precision: fp64: an Apple GPU has no float64; use fp32, or run.device=cpu")
     if name != "auto":
         return name
     if device.type == "cuda":

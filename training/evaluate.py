@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,42 +15,70 @@ from networks import Preconditioner
 from sampling.drawing import Drawing
 from sampling.plan import plan
 from sampling.samples import samples_of
+from training.devices import rank_and_world
 from training.logs import RunLog
 
 
+@dataclass
+class Share:
+    """A rank's share of `count` samples, and what rank 0 does with all of them."""
+
+    samples: torch.Tensor | None  # (count, ...) on the CPU, of which this rank has drawn its batches; None: it has none
+    count: int
+    batch: int  # samples drawn at a time
+    show: Callable[[torch.Tensor], Any]
+
+
 class Evaluation:
-    """Draws the first samples of the run's seed, as generate.py would; rank 0 does it."""
+    """The first samples of the run's seed, drawn as generate.py would: in float32, by all ranks; rank 0 shows them."""
 
     def __init__(self, cfg: Config, dataset: object, model: Preconditioner, folder: Path, log: RunLog, batch: int):
         self.cfg, self.dataset, self.model, self.folder, self.log = cfg, dataset, model, folder, log
         self.samples = samples_of(model.codec)
-        self.batch = min(256, batch)  # what training has memory for
+        self.batch = min(256, batch)  # what training has memory for; the same for any number of ranks
 
-    def draw(self, given: torch.Tensor | None, count: int) -> torch.Tensor:
-        """The first `count` samples, on the CPU: uint8 images, or vectors in their own units."""
+    def draw(self, given: torch.Tensor | None, count: int) -> torch.Tensor | None:
+        """(count, ...) on the CPU, uint8 images or vectors in their own units, with this rank's batches in their place.
+
+        They are every world-th batch of one process: so its samples bit for bit.
+        """
         what = (self.model, self.cfg.run.seed, count, *plan(self.cfg), given, self.batch, self.cfg.sample.guidance)
-        return Drawing(*what).draw(0, count)
+        drawing, (rank, world), samples = Drawing(*what), rank_and_world(), None
+        for start in range(rank * self.batch, count, world * self.batch):
+            stop = min(start + self.batch, count)
+            batch = drawing.draw(start, stop)
+            samples = batch.new_empty(count, *batch.shape[1:]) if samples is None else samples
+            samples[start:stop] = batch
+        return samples
 
-    def write_grid(self, step: int) -> None:
+    def write_grid(self, step: int) -> Share:
         """A grid of samples as a file, and in TensorBoard where it is a picture."""
         count = self.cfg.sample.grid
         given = self.samples.given_for_grid(self.dataset, self.cfg.run.seed, count)
-        path = self.folder / "samples" / f"step-{step:08d}"
-        path, picture = self.samples.write_grid(self.draw(given, count), given, path)
-        if picture is not None:
-            self.log.picture(step, picture)
-        self.log.say(f"samples: {path}")
 
-    def score(self, step: int) -> dict[str, float] | None:
+        def show(samples: torch.Tensor) -> None:
+            path = self.folder / "samples" / f"step-{step:08d}"
+            path, picture = self.samples.write_grid(samples, given, path)
+            if picture is not None:
+                self.log.picture(step, picture)
+            self.log.say(f"samples: {path}")
+
+        return Share(self.draw(given, count), count, self.batch, show)
+
+    def score(self, step: int) -> Share:
         """The scores of samples; one that cannot be had is said, and loses nothing."""
         count = self.samples.to_score(self.cfg.metrics.num, self.dataset)
         given = self.dataset.draw_given(self.cfg.run.seed, range(count))
-        try:
-            what = (self.draw(given, count), given, self.dataset, self.cfg, next(self.model.parameters()).device)
-            scores = self.samples.score(*what, self.log.say)
-        except ScoreError as error:
-            self.log.say(f"no score: {error}")
-            return None
-        self.log.curves(step, scores)
-        self.log.say(f"score: {self.samples.describe(scores, self.cfg, count)}")
-        return scores
+
+        def show(samples: torch.Tensor) -> dict[str, float] | None:
+            device = next(self.model.parameters()).device
+            try:
+                scores = self.samples.score(samples, given, self.dataset, self.cfg, device, self.log.say)
+            except ScoreError as error:
+                self.log.say(f"no score: {error}")
+                return None
+            self.log.curves(step, scores)
+            self.log.say(f"score: {self.samples.describe(scores, self.cfg, count)}")
+            return scores
+
+        return Share(self.draw(given, count), count, self.batch, show)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from training.build import build_model, build_objective, compile_networks, load_
 from training.devices import (
     any_rank,
     from_rank_0,
+    gather_batches,
     of_any_rank,
     pick_device,
     pick_precision,
@@ -25,7 +27,7 @@ from training.devices import (
     wait_for_all,
 )
 from training.diagnose import find_microbatch, what_went_bad
-from training.evaluate import Evaluation
+from training.evaluate import Evaluation, Share
 from training.logs import RunLog
 from training.run_folder import RunFolder
 from training.speed import Speedometer, peak_memory
@@ -69,7 +71,9 @@ class Trainer:
         objective = build_objective(cfg, model, load_teacher(cfg, model)).to(self.device)
         self.train_step = TrainingStep(cfg, codec, model, objective, precision)
         self.speed = Speedometer(self.train_step)
-        compile_networks(cfg.train.compile, model, objective, shown=self.rank == 0)
+        sampled = [self.train_step.emas[0].module] if self.device.type == "cuda" else []
+        used = torch.nn.ModuleList([objective, *sampled])
+        compile_networks(cfg.train.compile, model, used, shown=self.rank == 0)
         self.stopping = self.interruptible = False
 
     def state(self) -> dict[str, object]:
@@ -129,6 +133,7 @@ class Trainer:
             raise KeyboardInterrupt
         self.stopping = True
         if self.interruptible:
+            self.interruptible = False  # once: what the first one breaks off must get as far as `best_effort`'s vote
             raise Interrupted("stopped before its end")
 
     def loop(self) -> None:
@@ -139,7 +144,8 @@ class Trainer:
         if cfg.train.microbatch == "auto" and self.device.type == "cuda" and step.step == 0:
             find_microbatch(step, lambda rows: self.dataset.read(rows % len(self.dataset)))
             self.log.say(f"train.microbatch: {step.microbatch} of {step.local_batch} images a pass")
-        evaluation = Evaluation(cfg, self.dataset, step.emas[0].module, self.folder.path, self.log, step.microbatch)
+        room = cfg.train.batch_size if cfg.train.microbatch is None else step.microbatch
+        evaluation = Evaluation(cfg, self.dataset, step.emas[0].module, self.folder.path, self.log, room)
         rows = (self.rank * step.local_batch, (self.rank + 1) * step.local_batch)
         batches = data.batches(resident, cfg.run.seed, cfg.train.batch_size, step.step, rows, cfg.data.workers)
         stop = False
@@ -162,7 +168,7 @@ class Trainer:
             if due["score"] or (last and not stop and cfg.metrics.at_end):
                 showing.append(evaluation.score)
             with self.log.untimed():
-                for work in showing if self.rank == 0 else ():
+                for work in showing:
                     scores = self.best_effort(work)
                     if scores and cfg.metrics.every:
                         self.folder.keep_best(self.state(), scores)
@@ -190,17 +196,34 @@ class Trainer:
             self.log.say(f"the images do not fit in {self.device}'s memory: they stay in this machine's")
             return self.dataset
 
-    def best_effort(self, work: Callable[[int], object]) -> object:
-        """Do what only shows how the run does: a signal cuts it short, and where it fails that is said, and no more."""
-        step = self.train_step.step
+    def best_effort(self, work: Callable[[int], Share | None]) -> Any:
+        """Do what only shows how the run does: a signal cuts it short, and where it fails that is said, and no more.
+
+        Every rank draws its share of the samples; where all could, rank 0 gathers and shows them.
+        """
+        step, shown = self.train_step.step, None
+        share, failure = self.attempt(work, step)
+        failure = of_any_rank(failure)  # none may wait for samples of one that has none
+        if share and not failure:
+            gather_batches(share.samples, share.count, share.batch)
+            if self.rank == 0:
+                shown, failure = self.attempt(share.show, share.samples)
+        if failure:
+            self.log.say(f"warning: step {step:,}: {work.__name__} failed ({failure})")
+        return shown
+
+    def attempt(self, work: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
+        """(what work(*args) gives, None), or (None, why it failed); a signal makes it fail."""
         try:
-            self.interruptible = not self.stopping
-            return work(step) if self.interruptible else None
+            try:
+                self.interruptible = True
+                if self.stopping:
+                    raise Interrupted("stopped before its end")
+                return work(*args), None
+            finally:
+                self.interruptible = False
         except (Interrupted, Exception) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self.log.say(f"warning: step {step:,}: {work.__name__} failed ({reason})")
-        finally:
-            self.interruptible = False
+            return None, " ".join(str(error).split())[:200] or type(error).__name__
 
     def save(self) -> None:
         """Write a checkpoint; while steps are bad no older one is removed."""
@@ -237,4 +260,4 @@ class Trainer:
 
 
 class Interrupted(BaseException):
-    """A signal came while rank 0 was drawing samples or scoring; no `except Exception` on the way may take it."""
+    """A signal came while samples were drawn or scored; no `except Exception` on the way may take it."""
