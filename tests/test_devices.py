@@ -184,7 +184,7 @@ def test_the_rules_see_what_they_refuse(kind, monkeypatch):
             (x.cpu, lambda: torch.ones(3).cuda()) if kind == "cuda" else (x.double, lambda: x.new_ones(3).double())
         )
         for call in refused:
-            with pytest.raises(AssertionError, match="waits|float64"):
+            with pytest.raises(AssertionError, match=r"waits|float64"):
                 call()
         torch.ones(3).to("cuda", non_blocking=True)
     torch.manual_seed(0)

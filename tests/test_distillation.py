@@ -419,7 +419,10 @@ CHANGES = {  # another value of every option
     "trigflow": LOG_NORMAL,
     "ct": {**PAIRS, "s0": 4, "s1": 20, "mu0": 0.5},
     "ict": {**LOG_NORMAL, "huber_c": 1.0, "s0": 20, "s1": 20, "difference": "forward_mode"},
-    "ect": {**LOG_NORMAL, "huber_c": 1.0, "q": 3.0, "double_kimg": 0.02, "stage": 2, "mapping": "const", "difference": "forward_mode"},
+    "ect": {
+        **LOG_NORMAL, "huber_c": 1.0, "q": 3.0, "double_kimg": 0.02, "stage": 2, "mapping": "const",
+        "difference": "forward_mode",
+    },
     "cd": {**PAIRS, "N": 7, "mu": 0.5, "solver": "euler", "guidance": 3.0},
     "sct": {**LOG_NORMAL, "warmup": 10, "c": 0.5},
     "scd": {**LOG_NORMAL, "warmup": 10, "c": 0.5, "guidance": 3.0},
