@@ -41,10 +41,11 @@ class MidTraining(torch.nn.Module):
         start = x[rows] + self.sigma_max * noise[rows]
         with torch.no_grad():  # the teacher is told nothing, as in the original
             points, sigmas, end = dpm_solver_trajectory(self.teacher, start, self.steps, self.sigma_min, self.sigma_max)
-        keys = conditions.pop("dropout_keys", None)  # of points, not of images
+        keys = conditions.pop("dropout_keys", None)  # of points: image i's goes to point i % steps of its trajectory
         many = {n: v[rows].repeat(self.steps, *[1] * (v.ndim - 1)) for n, v in conditions.items() if v is not None}
         sigma = sigmas.to(x.dtype).to(x.device, non_blocking=True).repeat_interleave(len(start))
-        D = model(points.flatten(0, 1), sigma, **many, **({} if keys is None else {"dropout_keys": keys}))
+        masks = {} if keys is None else {"dropout_keys": keys.view(-1, self.steps).T.flatten()}
+        D = model(points.flatten(0, 1), sigma, **many, **masks)
         target = end.repeat(self.steps, *[1] * (x.ndim - 1))
         loss = self.distance(D, target)
         return Output(loss, by_level(loss, sigma))

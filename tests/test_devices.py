@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import EVERY, TAUGHT, every_objective
+from conftest import EVERY, TAUGHT, analytic, every_objective
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_iter
 import checkpoints
 import config
 from objectives import ct, draws, ect, ict, pd, tcm
+from objectives.schedules import ect_pair
 from sources.augment import _doubling
 from sources.codecs import ImageCodec
 from training.build import build_model, build_objective, load_teacher
+from training.devices import pick_precision
 from training.step import TrainingStep
 
 
@@ -198,3 +200,25 @@ def test_the_rules_see_what_they_refuse(kind, monkeypatch):
         return torch.cat([p.grad.flatten() for p in network.parameters()])
 
     assert torch.allclose(gradient(backward), gradient(torch.autograd.backward))
+
+
+def test_in_float32_the_gap_does_not_cancel(monkeypatch):
+    """As on mps: ECT's last stage, whose t and r are 1e-6 apart, and TCM's rows at t' are those of float64."""
+    t = torch.tensor([0.01, 0.5, 5.0, 80.0], dtype=torch.float64)
+    for stage in (0, 3, 19):
+        r, gap = ect_pair(t, stage)
+        r_32, gap_32 = ect_pair(t.float(), stage)
+        assert torch.allclose(gap_32.double(), gap, rtol=1e-5, atol=0)
+        assert torch.allclose(r_32.double(), r, rtol=1e-6, atol=0)
+    monkeypatch.setattr(tcm, "wide", lambda device: torch.float32)
+    for t_prime in (0.9, 1.0):
+        taught = tcm.TruncatedConsistency(analytic(), t_prime, df=2.0)
+        t = taught.draw_t(draws.Draws(3, 64))
+        log = taught(analytic().float(), torch.zeros(64, 3, 8, 8), draws=draws.Draws(3, 64)).log
+        assert t.dtype == torch.float32 and t.min() == torch.tensor(t_prime) and log["boundary"][1] == 16
+
+
+def test_an_apple_gpu_has_no_float64():
+    with pytest.raises(config.ConfigError, match=r"train\.precision: fp64: an Apple GPU has no float64"):
+        pick_precision("fp64", torch.device("mps"))
+    assert pick_precision("auto", torch.device("mps")) == "fp32"
