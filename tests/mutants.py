@@ -248,7 +248,7 @@ MUTANTS = [
     ),
     Mutant(
         "mask-the-same-at-every-step", "objectives/common.py",
-        "    yield\n    torch.set_rng_state(cpu)\n", "    yield\n    torch.set_rng_state(state[0])\n",
+        "    yield\n    set_rng_state(now, device)", "    yield",
         "the generator is left where the step began", "objectives",
     ),
     Mutant(
@@ -289,7 +289,7 @@ MUTANTS = [
     ),
     Mutant(
         "teacher-without-labels-pd", "objectives/pd.py",
-        "self.teacher(x, high, **conditions)", "self.teacher(x, high)",
+        "half.to(x.dtype), **conditions)", "half.to(x.dtype))",
         "the teacher's steps are unconditional", "distillation:labels",
     ),
     Mutant(
