@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     """Train as the command asks."""
     cfg = config.load(args.cfg, args.overrides)
     # Threads that wait for work spin for a moment only: for long, they take the cores from each other where another
-    # program is busy (libgomp's default); never, and a quiet machine loses nearly half its speed. Read when torch loads.
+    # program is busy (libgomp's default); never, and a quiet machine loses nearly half its speed.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from training import devices, trainer  # torch only for a config that is right: a typo is answered at once
