@@ -8,6 +8,8 @@ Network and data are the config's, made small by overrides; the schedule is the 
 teacher is its start. Weights trained for consistency show rounding best: their loss is the smallest.
 A row is the worst of --batches batches, with the same data, dropout masks and draws in every arithmetic. fp16 and bf16
 are autocast's; tf32 rounds what convolutions and matrix products read to 10 bits; auto is what a GPU's `auto` takes.
+With train.compile=true the networks are compiled, for every arithmetic but float64. SoFlow's loss ratio is that of its
+mean square, since the value of its loss means nothing.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ def recipe(args: argparse.Namespace, folder: Path) -> config.Config:
     """The config with trained weights to start from, and a teacher where it needs one."""
     base = [*args.overrides, "run.device=cpu", "train.init_from=null", "train.microbatch=null"]
     raw = config.load(args.cfg, base)
-    start, teacher, taught = args.ckpt, args.teacher, hasattr(raw.objective, "teacher")
+    start, teacher, taught = args.ckpt, args.teacher, asks_for_a_teacher(raw.objective)
     if raw.objective.name == "tcm":
         teacher = teacher or start
     if start is None or (taught and teacher is None):
@@ -116,13 +118,20 @@ def recipe(args: argparse.Namespace, folder: Path) -> config.Config:
     return config.load(args.cfg, [*base, *teaching, f"train.init_from={start}"])
 
 
+def asks_for_a_teacher(objective: Any) -> bool:
+    """Whether its settings must name one."""
+    field = type(objective).model_fields.get("teacher")
+    return field is not None and field.is_required()
+
+
 def denoiser(args: argparse.Namespace, raw: config.Config, folder: Path) -> str:
-    """The checkpoint of a diffusion model of the recipe's network, trained here."""
+    """The checkpoint of a diffusion model, or of plain flow matching, of the recipe's network, trained here."""
+    name = "flow" if raw.network.times else "trigflow" if raw.network.precond == "trigflow" else "edm"
     network = [o for o in args.overrides if not o.startswith(("objective.", "train."))]
     if raw.network.precond == "cm":
         network.append("network.precond=edm")
     settings = [
-        f"objective.name={'trigflow' if raw.network.precond == 'trigflow' else 'edm'}", f"run.dir={folder}/start",
+        f"objective.name={name}", f"run.dir={folder}/start",
         "run.device=cpu", f"train.steps={args.steps}", "train.batch_size=128", "train.optimizer=radam",
         "train.lr=0.002", "train.lr_warmup=20", "train.lr_decay=none", "train.init_from=null", "train.microbatch=null",
         "train.precision=fp32", "train.save_every=0.9", "ema.half_life_kimg=null", "ema.decay=[0.99]",
@@ -159,6 +168,8 @@ def measure(cfg: config.Config, args: argparse.Namespace) -> Iterator[dict[str, 
         objective = build.build_objective(cfg, model, teacher)
         if teacher is not None:
             teacher.autocast = None
+        if not wide:
+            build.compile_networks(cfg.train.compile, model, objective, shown=True)
         found[wide] = (model, objective.double() if wide else objective)
     names = thinned(stages(found[False][1], cfg.train.steps), args.stages)
     for name, step in names.items():
@@ -182,13 +193,13 @@ def gradients(
     model: Any, objective: Any, cfg: Any, codec: Any, dataset: Any, step: int, precision: str, args: argparse.Namespace
 ) -> dict[str, list[tuple[float, torch.Tensor]]]:
     """Part of the loss -> its value and gradient on each batch."""
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-    if precision == "auto":
-        half = torch.bfloat16 if getattr(objective, "in_half", lambda step: True)(step) else None
-    for network in (model, *(m for m in objective.modules() if hasattr(m, "autocast"))):
-        network.autocast = half
     if hasattr(objective, "difference"):
         objective.difference = "auto" if precision == "auto" else "two_passes"
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+    if precision == "auto":
+        half = torch.bfloat16 if getattr(objective, "in_half", lambda step, model: True)(step, model) else None
+    for network in (model, *(m for m in objective.modules() if hasattr(m, "autocast"))):
+        network.autocast = half
     found: dict[str, list[tuple[float, torch.Tensor]]] = {}
     for batch in range(args.batches):
         x, conditions = samples(codec, dataset, batch, args.batch, next(model.parameters()).dtype)
@@ -197,7 +208,8 @@ def gradients(
                 out: Output = objective(model, x, step=step, draws=SameDraws(batch, len(x)), **conditions)
                 loss = (out.loss * rows_of(part, objective, SameDraws(batch, len(x)))).mean()
                 gradient = backward(model, loss, 2.0**16 if half == torch.float16 else 1.0)
-            found.setdefault(part, []).append((loss.item(), gradient))
+            value, count = out.log.get("log_q2", (loss.detach(), None))
+            found.setdefault(part, []).append((float(value if count is None else (value / count).exp()), gradient))
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 Init = Callable[..., None]  # init(layer, scale=1.0) fills layer.weight and layer.bias in place
@@ -21,10 +22,10 @@ QUERIES = 1024  # of plain attention at a time
 
 @contextlib.contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Within this context group norm and attention are written out in elementary operations.
+    """For torch.func.jvp: within this context attention is written out in elementary operations, and group norm and
+    products have derivatives of their own.
 
-    For torch.func.jvp: the fused attention kernels have no forward-mode derivative, and the compiler cannot trace that
-    of group norm.
+    The fused attention kernels have no forward mode, the compiler cannot trace that of group norm, and see `product`.
     """
     global _PLAIN
     before = _PLAIN
@@ -64,6 +65,35 @@ def initialised(layer: nn.Module, init: Init, scale: float = 1.0) -> nn.Module:
 # Layers
 
 
+def product(
+    operation: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, **how: object
+) -> Tensor:
+    """operation(x, weight, bias, **how), linear in x, by a constant weight; in forward mode two products, not three.
+
+    torch's own rule multiplies x by the weight's tangent too, a tensor of zeros.
+    """
+    if not _PLAIN:
+        return operation(x, weight, bias, **how)
+    x, dx = forward_ad.unpack_dual(x)
+    y = operation(x, weight, bias, **how)
+    return y if dx is None else forward_ad.make_dual(y, operation(dx, weight, None, **how))
+
+
+class Conv2d(nn.Conv2d):
+    """torch's, with the forward mode of `product`; padded with zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        return product(F.conv2d, x, self.weight, self.bias, **how)
+
+
+class Linear(nn.Linear):
+    """torch's, with the forward mode of `product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(F.linear, x, self.weight, self.bias)
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in the dtype of its input (statistics in float32); groups None: min(32, channels // 4)."""
 
@@ -80,13 +110,20 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         # Autocast would run this in float32 and write twice the bytes; the kernels sum in float32 anyway.
         with torch.autocast(x.device.type, enabled=False):
-            if _PLAIN:
-                wide = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(len(x), self.num_groups, -1)
-                variance, mean = torch.var_mean(wide, 2, correction=0, keepdim=True)
-                shape = (1, -1, *[1] * (x.ndim - 2))
-                normal = ((wide - mean) * (variance + self.eps).rsqrt()).view(x.shape)
-                return (normal * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            x, dx = forward_ad.unpack_dual(x) if _PLAIN else (x, None)
+            y = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return y if dx is None else forward_ad.make_dual(y, self.tangent(x, dx))
+
+    def tangent(self, x: Tensor, dx: Tensor) -> Tensor:
+        """The derivative along dx, both (B, C, ...), by elementary operations in float32; in x's dtype."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        v, dv = (v.to(wide).unflatten(1, (self.num_groups, -1)) for v in (x, dx))
+        over = {"dim": tuple(range(2, v.ndim)), "keepdim": True}
+        v, dv = v - v.mean(**over), dv - dv.mean(**over)
+        scale = (v.square().mean(**over) + self.eps).rsqrt()
+        v = v * scale
+        dv = torch.addcmul(dv, v, (v * dv).mean(**over), value=-1) * scale
+        return (dv.flatten(1, 2) * self.weight.view(-1, *[1] * (x.ndim - 2))).to(x.dtype)
 
 
 class Resample(nn.Module):
@@ -110,8 +147,8 @@ class Resample(nn.Module):
             return F.avg_pool2d(x, 2) if self.direction == "down" else F.interpolate(x, scale_factor=2.0)
         kernel = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
         if self.direction == "down":
-            return F.conv2d(x, kernel, stride=2, padding=self.padding, groups=x.shape[1])
-        return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=self.padding, groups=x.shape[1])
+            return product(F.conv2d, x, kernel, stride=2, padding=self.padding, groups=x.shape[1])
+        return product(F.conv_transpose2d, x, 4 * kernel, stride=2, padding=self.padding, groups=x.shape[1])
 
 
 class ResampleConv(Resample):
@@ -142,13 +179,13 @@ class ResampleConv(Resample):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.one_pass:
-            return F.conv2d(super().forward(x), self.weight, self.bias, padding=self.same)
+            return product(F.conv2d, super().forward(x), self.weight, self.bias, padding=self.same)
         size = math.isqrt(self.spread.shape[1])
         kernel = (self.weight.flatten(2) @ self.spread).unflatten(2, (size, size))
         padding = self.same + self.padding
         if self.direction == "down":
-            return F.conv2d(x, kernel, self.bias, stride=2, padding=padding)
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=padding)
+            return product(F.conv2d, x, kernel, self.bias, stride=2, padding=padding)
+        return product(F.conv_transpose2d, x, kernel.transpose(0, 1), self.bias, stride=2, padding=padding)
 
 
 def mix(x: Tensor) -> Tensor:
@@ -233,7 +270,7 @@ class UNetBlock(nn.Module):
         self.pixel_norm = pixel_norm
 
         def conv(cin: int, cout: int, kernel: int, scale: float = 1.0) -> nn.Module:
-            return initialised(nn.Conv2d(cin, cout, kernel, padding=kernel // 2), init, scale)
+            return initialised(Conv2d(cin, cout, kernel, padding=kernel // 2), init, scale)
 
         def resample_conv(cin: int, cout: int, kernel: int) -> nn.Module:
             return initialised(ResampleConv(cin, cout, kernel, resample, resample_filter), init)
@@ -241,7 +278,7 @@ class UNetBlock(nn.Module):
         self.norm0 = GroupNorm(in_channels, eps, norm_groups)
         self.conv0 = (resample_conv if resample else conv)(in_channels, out_channels, 3)
         emb_outputs = out_channels * (2 if scale_shift_norm else 1)
-        self.affine = initialised(nn.Linear(emb_channels, emb_outputs), init)
+        self.affine = initialised(Linear(emb_channels, emb_outputs), init)
         self.norm1 = GroupNorm(out_channels, eps, norm_groups)
         self.conv1 = conv(out_channels, out_channels, 3, zero_scale)
 
@@ -288,7 +325,7 @@ class UNetBlock(nn.Module):
         # Published weights order qkv's outputs (heads, channels, 3). Reordering the weight is cheaper than the output.
         weight = self.qkv.weight.view(heads, c // heads, 3, c).permute(2, 0, 1, 3).reshape(3 * c, c, 1, 1)
         bias = self.qkv.bias.view(heads, c // heads, 3).permute(2, 0, 1).reshape(3 * c)
-        qkv = F.conv2d(x, weight, bias)
+        qkv = product(F.conv2d, x, weight, bias)
         q, k, v = qkv.flatten(2).view(b, 3, heads, c // heads, height * width).unbind(1)
         return self.proj(attend(q, k, v).reshape(b, c, height, width))
 
@@ -302,6 +339,8 @@ class PositionalEmbedding(nn.Module):
 
     endpoint: 1/10000 is the last of them (DDPM++), not the one after the last (ADM).
     """
+
+    fastest = 1.0  # radians for each unit of c_noise
 
     def __init__(self, channels: int, endpoint: bool = False) -> None:
         super().__init__()
@@ -321,6 +360,7 @@ class FourierEmbedding(nn.Module):
     def __init__(self, channels: int, scale: float) -> None:
         super().__init__()
         self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+        self.fastest = 2 * math.pi * 3 * scale  # radians for each unit of c_noise, at three standard deviations
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angles = c_noise[:, None] * (2 * math.pi * self.freqs).to(c_noise.dtype)

@@ -38,6 +38,13 @@ def by_level(loss: torch.Tensor, sigma: torch.Tensor) -> dict[str, tuple[torch.T
     return bins
 
 
+def by_time(value: torch.Tensor, t: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What a flow map's curves show (B,) in quarters of the time t (B,), as (sum, count)."""
+    quarter = (4 * t).long().clamp(0, 3)
+    inside = [(f"loss_by_t/{i / 4:g}-{(i + 1) / 4:g}", quarter == i) for i in range(4)]
+    return {name: (value.detach().where(rows, 0).sum(), rows.sum()) for name, rows in inside}
+
+
 def rng_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The state of the generators that dropout on `device` draws from."""
     if device.type == "mps":
@@ -85,6 +92,40 @@ def along(
         return torch.func.jvp(lambda x, sigma: model(x, sigma, **conditions), (x, sigma), (dx, dsigma))
 
 
+def along_map(
+    model: Model,
+    z: torch.Tensor,
+    t: torch.Tensor,
+    r: torch.Tensor,
+    dz: torch.Tensor,
+    dt: torch.Tensor,
+    dr: torch.Tensor,
+    **conditions: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(u, its derivative along (dz, dt, dr)) of a flow map at z (B, ...), t and r (B,): `along`, with two times."""
+    with torch.no_grad():
+        if hasattr(model, "jvp"):
+            return model.jvp(z, t, r, dz, dt, dr, **conditions)
+        return torch.func.jvp(lambda z, t, r: model(z, t, r, **conditions), (z, t, r), (dz, dt, dr))
+
+
+def passes_alone(model: Model, conditions: dict[str, torch.Tensor | None]) -> bool:
+    """Whether some rows of a batch may pass the network without the others and drop the same units as with them: their
+    masks follow from keys, or the network has no dropout."""
+    return "dropout_keys" in conditions or getattr(getattr(model, "model", None), "dropout", None) == 0
+
+
+@contextmanager
+def in_float32(*models: Model) -> Iterator[None]:
+    """Within this context networks.Wrappers compute in their weights' dtype, not in half precision."""
+    before = {model: model.autocast for model in models if hasattr(model, "autocast")}
+    for model in before:
+        model.autocast = None
+    yield
+    for model, dtype in before.items():
+        model.autocast = dtype
+
+
 DIFFERENCES = ("auto", "two_passes", "forward_mode")
 
 
@@ -92,11 +133,27 @@ def forward_mode(model: Model, difference: str, gap: float) -> bool:
     """Whether D_t - D_r is taken in forward mode, as the setting `difference` says, for a gap (t - r) / t.
 
     auto: where the network computes in half precision, whose rounding would drown the difference of two outputs, and
-    the midpoint's error, of third order in the gap, is below that of the arithmetic: 1/16 and narrower.
+    the midpoint is `near` enough.
     """
     if difference != "auto":
         return difference == "forward_mode"
-    return getattr(model, "autocast", None) is not None and gap <= 1 / 16
+    return getattr(model, "autocast", None) is not None and near(model, gap)
+
+
+WIDE = 1 / 16  # (t - r) / t above which half precision tells two outputs apart
+
+
+def near(model: Model, gap: float) -> bool:
+    """Whether the midpoint's error, of third order in the gap (t - r) / t, is below that of half precision.
+
+    Within the gap the noise embedding must not turn by more than 1/8 radian: Fourier features of scale 16 turn fast.
+    """
+    return gap <= WIDE and gap * getattr(model, "turn", 0.25) <= 1 / 8
+
+
+def half_holds(model: Model, difference: str, gap: float) -> bool:
+    """Whether the setting `difference` has a form that is right in half precision for a gap (t - r) / t."""
+    return gap > WIDE or (difference != "two_passes" and near(model, gap))
 
 
 def step_between(

@@ -53,7 +53,7 @@ class ConsistencyTraining(torch.nn.Module):
         self.weighting, self.sigma_data = weighting, sigma_data
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
-    def in_half(self, step: int) -> bool:
+    def in_half(self, step: int, model: Model) -> bool:
         """Whether the pair is far enough apart for half precision. No forward mode here: two networks are compared."""
         return self.levels(step) <= 32
 

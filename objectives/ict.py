@@ -12,6 +12,7 @@ from objectives.common import (
     append_dims,
     by_level,
     forward_mode,
+    half_holds,
     held,
     replayed,
     rng_state,
@@ -56,6 +57,10 @@ class ImprovedConsistencyTraining(torch.nn.Module):
     def gap(self, N: int) -> float:
         """(s_{i+1} - s_i) / s_{i+1} of the highest pair on a Karras grid of N levels, rho 7."""
         return 7 * (1 - (self.sigma_min / self.sigma_max) ** (1 / 7)) / (N - 1)
+
+    def in_half(self, step: int, model: Model) -> bool:
+        """Whether half precision holds on this grid; see common.half_holds."""
+        return half_holds(model, self.difference, self.gap(self.levels(step)))
 
     def _grid(self, N: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Ascending noise levels (N,) and the cumulative probabilities of their pairs (N-1,), `wide`."""

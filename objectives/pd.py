@@ -36,7 +36,7 @@ class ProgressiveDistillation(torch.nn.Module):
         self.total_steps, self.N, self.weighting, self.sigma_data = total_steps, N, weighting, sigma_data
         self.low, self.high, self.rho = sigma_min ** (1 / rho), sigma_max ** (1 / rho), rho
 
-    def in_half(self, step: int) -> bool:
+    def in_half(self, step: int, model: Model) -> bool:
         """Whether half precision holds: on a fine grid the target divides the teacher's rounding by a short step."""
         return self.intervals(step) <= 8
 

@@ -10,7 +10,11 @@ import pytest
 import torch
 from conftest import EVERY, TAUGHT, tiny
 
-from training import trainer
+import data
+from objectives import draws
+from objectives.common import forward_mode
+from objectives.schedules import ect_pair
+from training import build, trainer
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import precision
@@ -36,11 +40,13 @@ def starts(tmp_path_factory):
     return paths
 
 
-def rows(starts, name, precisions=("auto",)):
+def rows(starts, name, precisions=("auto",), network=None, train=None):
     """The rows of benchmarks/precision.py at the last stage."""
     start = starts["trigflow" if name in ("trigflow", "sct", "scd") else "edm"]
     taught = {"teacher": start} if name in TAUGHT else {}
-    cfg = tiny(Path("unused"), **settings(name, **LAST.get(name, EVERY[name]), **taught), train={"steps": 16})
+    given = settings(name, **LAST.get(name, EVERY[name]), **taught)
+    given["network"].update(network or {})
+    cfg = tiny(Path("unused"), **given, train={"steps": 16, **(train or {})})
     cfg.train.init_from = start
     return list(precision.measure(cfg, argparse.Namespace(batches=1, batch=128, stages=1, precisions=precisions)))
 
@@ -53,9 +59,66 @@ def test_auto_is_float64_at_the_last_stage(starts, name):
         assert row["cosine"] >= 0.99 and abs(row["loss_ratio"] - 1) <= 0.02, row
 
 
+@pytest.mark.parametrize("name", ["ect", "ict", "tcm", "soflow"])
+def test_so_it_is_compiled_with_dropout(starts, name, without_kernels):
+    """Both forms in one compiled step, under bf16's autocast."""
+    for row in rows(starts, name, network={"dropout": 0.3}, train={"compile": True}):
+        assert row["cosine"] >= 0.99 and abs(row["loss_ratio"] - 1) <= 0.02, row
+    assert len(without_kernels) >= 3  # the trial, the network, its derivative
+
+
 def test_half_precision_by_two_passes_is_not(starts):
     (half,) = rows(starts, "ect", ("bf16",))
     assert half["stage"] == "15" and half["cosine"] < 0.9 and half["loss_ratio"] > 2
+
+
+def test_tcm_by_a_derivative_is_two_passes(starts):
+    """In float64, over other batches and parts of them; and rows at t' or with r below it find room every time."""
+    cfg = tiny(Path("unused"), **settings("tcm", df=0.01, teacher=starts["edm"]), train={"batch_size": 64})
+    model = build.build_model(cfg, data.load(cfg.data).codec(cfg), torch.device("cpu"), "fp64")
+    objective = build.build_objective(cfg, model, build.load_teacher(cfg, model)).double()
+    with torch.no_grad():
+        for p in model.parameters():  # another network than the frozen one
+            p.mul_(1 + 0.01 * torch.randn_like(p))
+    assert objective.in_half(0, model)
+    keys = torch.randint(2**31, (64,))
+    for seed, (start, count) in enumerate([(0, 64), (16, 32), (3, 1), (1, 2)]):
+        x = torch.randn(count, 1, 8, 8).double()
+        losses = []
+        for objective.difference in ("two_passes", "forward_mode"):
+            losses.append(
+                objective(model, x, draws=draws.Draws(seed, count, start, 64), dropout_keys=keys[:count]).loss
+            )
+        assert torch.allclose(*losses, rtol=1e-3), (start, count)
+    for seed in range(500):
+        rows = draws.Draws(seed, 40, 7, 64)
+        most, least = objective.shares(rows)
+        r = ect_pair(objective.draw_t(rows), 0, 1000.0)[0]
+        assert least <= (r < 1).sum() <= most < 40
+
+
+def test_a_fast_noise_embedding_keeps_the_middle_stages_in_float32():
+    """Fourier features of scale 16 turn too fast for the midpoint at 1/16, where two passes begin to fail."""
+    held = {}
+    for embedding in ("positional", "fourier"):
+        cfg = tiny(Path("unused"), network={"embedding_type": embedding}, objective={"name": "ect", "stage": 1})
+        model = build.build_model(cfg, data.load(cfg.data).codec(cfg), torch.device("cpu"), "bf16")
+        objective = build.build_objective(cfg, model)
+        held[embedding] = [objective.in_half(stage, model) for stage in range(16)]
+        assert all(
+            forward_mode(model, "auto", objective.gap(s)) == (s > 2 and h) for s, h in enumerate(held[embedding])
+        )
+    assert held["positional"] == [True] * 16
+    assert held["fourier"] == [True] * 3 + [False] * 6 + [True] * 7
+
+
+def test_cd_of_a_fine_grid_is_float32(starts):
+    cfg = tiny(Path("unused"), **settings("cd", N=18, teacher=starts["edm"]))
+    model = build.build_model(cfg, data.load(cfg.data).codec(cfg), torch.device("cpu"), "fp32")
+    objective = build.build_objective(cfg, model, build.load_teacher(cfg, model))
+    assert not objective.in_half(0, model)
+    objective.N = 16
+    assert objective.in_half(0, model)
 
 
 def test_the_command_adds_its_rows_to_a_file(starts, tmp_path, monkeypatch, capsys):

@@ -51,20 +51,6 @@ def test_bf16_gives_the_loss_and_gradient_of_fp32(name, teacher, tmp_path):
     assert 0 < difference(low_gradient, gradient) < 0.15
 
 
-@pytest.fixture
-def without_kernels(monkeypatch):
-    """torch.compile traces and differentiates, then runs eager kernels: Inductor's take minutes to build on a CPU."""
-    compiled, real = [], torch.compile
-
-    def compile(function, dynamic=None, mode=None):
-        compiled.append(mode)
-        return real(function, dynamic=dynamic, backend="aot_eager")
-
-    monkeypatch.setattr(torch, "compile", compile)
-    torch._dynamo.reset()
-    return compiled
-
-
 SMALL = {"channel_mult": [1], "num_blocks": 1, "attn_resolutions": [], "model_channels": 4}
 
 
@@ -250,23 +236,24 @@ def test_operations_are_counted_as_torch_counts_them_and_grow_with_the_rows(teac
         counted = run.speed.flops_per_image(*batch)
         assert torch.equal(weights, step.flat.vector) and sums == step.sums and step.step == 1
         assert torch.equal(random, torch.get_rng_state()) and not step.gradient.any()
-        x, conditions, draws = step.prepare(batch[0][: step.group_size], None, 0)
+        rows = 16 if getattr(step.objective, "rows_differ", False) else step.group_size
+        x, conditions, draws = step.prepare(batch[0][:rows], None, 0)
         with FlopCounterMode(display=False) as counter:
             step.objective(step.model, x, step=0, draws=draws, **conditions).loss.mean().backward()
-        assert counter.get_total_flops() == counted * step.group_size, name
+        assert counter.get_total_flops() == counted * rows, name
         step.group_size = 16
         assert run.speed.flops_per_image(*batch) == pytest.approx(counted, rel=0.05), name
 
 
 def test_forward_mode_and_half_precision_are_counted(tmp_path):
-    """Forward, target, backward: 1 + 1 + 2 passes. A derivative in place of the target makes it 1 + 2 + 2, and one more
-    where torch's forward mode multiplies by the zeros that are the weights' tangents, as 2.14 does."""
+    """Forward, target, backward: 1 + 1 + 2 passes. A derivative in place of the target makes it 1 + 2 + 2; torch's own
+    rule would multiply by the zeros that are the weights' tangents too."""
     counts = {}
     for difference in ("two_passes", "forward_mode"):
         settings = {"objective": {"name": "ect", "difference": difference}, "train": {"precision": "bf16"}}
         run = trainer.Trainer(tiny(tmp_path, **settings))
         counts[difference] = run.speed.flops_per_image(*run.dataset.read(torch.arange(16)))
-    assert 1.2 < counts["forward_mode"] / counts["two_passes"] < 1.55
+    assert 1.2 < counts["forward_mode"] / counts["two_passes"] < 1.3
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
