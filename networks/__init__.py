@@ -1,15 +1,30 @@
-"""Networks by name, and `build`, which makes the denoiser that a config describes."""
+"""Networks by name, and `build`, which makes the denoiser or flow map that a config describes."""
 
 from typing import Any
 
+from .dit import DiT
+from .edm2 import EDM2UNet
+from .flow_map import FlowMap, columns
 from .layers import plain_kernels
 from .mlp import MLP
-from .preconditioning import Preconditioner
+from .preconditioning import Preconditioner, Wrapper
 from .unet import DhariwalUNet, SongUNet
 
-__all__ = ["MLP", "NETWORKS", "DhariwalUNet", "Preconditioner", "SongUNet", "build", "plain_kernels"]
+__all__ = [
+    "MLP",
+    "NETWORKS",
+    "DhariwalUNet",
+    "DiT",
+    "EDM2UNet",
+    "FlowMap",
+    "Preconditioner",
+    "SongUNet",
+    "Wrapper",
+    "build",
+    "plain_kernels",
+]
 
-NETWORKS = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet, "mlp": MLP}
+NETWORKS = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet, "edm2_unet": EDM2UNet, "dit": DiT, "mlp": MLP}
 
 
 def build(
@@ -20,20 +35,30 @@ def build(
     augment_dim: int = 0,
     shape: tuple[int, ...] | None = None,  # of vectors, instead of the four above
     condition_dim: int = 0,
-) -> Preconditioner:
-    """The preconditioned network of `settings` (a config's `network` section), its fresh float32 weights on the CPU.
+) -> Preconditioner | FlowMap:
+    """The network of `settings` (a config's `network` section) in its wrapper, fresh float32 weights on the CPU.
+
+    A flow map where settings["times"] says what it is told of its two times, else a denoiser.
 
     Draws them from torch's global generator. ValueError where the settings do not fit the data. The weights are NCHW,
     the faster layout on a CPU (its channels_last group norm is slow); on a GPU, ask `.to()` for channels_last.
     """
     settings = {key: value for key, value in settings.items() if key != "label_dropout"}  # training drops them
     network = NETWORKS[settings.pop("name")]
-    preconditioning = {key: settings.pop(key) for key in ("precond", "c_noise", "sigma_data", "sigma_min", "sigma_max")}
+    wrapping = {key: settings.pop(key) for key in ("precond", "c_noise", "sigma_data", "sigma_max")}
+    sigma_min, times = settings.pop("sigma_min"), settings.pop("times", None)
+    flow = {key: settings.pop(key, default) for key, default in (("heads", 1), ("guidance_inputs", False))}
+    if times is not None:
+        settings |= {"told": columns(times, flow["guidance_inputs"]), "heads": flow["heads"]}
     if network is MLP:
         if shape is None:
             raise ValueError("mlp makes vectors, and the data are images; set network.name: song_unet")
-        return Preconditioner(MLP(shape, condition_dim, **settings), **preconditioning)
-    if shape is not None:
-        raise ValueError("a UNet makes images, and the data are vectors; set network.name: mlp")
-    model = network(resolution, channels, channels, label_dim=label_dim, augment_dim=augment_dim, **settings)
-    return Preconditioner(model, **preconditioning)
+        model = MLP(shape, condition_dim, **settings)
+    elif shape is not None:
+        what = "a DiT" if network is DiT else "a UNet"
+        raise ValueError(f"{what} makes images, and the data are vectors; set network.name: mlp")
+    else:
+        model = network(resolution, channels, channels, label_dim=label_dim, augment_dim=augment_dim, **settings)
+    if times is not None:
+        return FlowMap(model, times, **wrapping, **flow)
+    return Preconditioner(model, **wrapping, sigma_min=sigma_min)

@@ -10,40 +10,24 @@ from .layers import plain_kernels
 from .unet import dropout_keys_of
 
 
-class Preconditioner(nn.Module):
-    """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise).
-
-    precond: "edm", "cm" whose boundary is D(x; sigma_min) = x, or "trigflow": edm in the clock t = atan(sigma/sd), with
-    the sign of F turned. c_noise: "log" is ln(sigma)/4, "log250" is 250 ln(sigma), "t" is t. The arithmetic is float32
-    (float64 for float64 x), whatever the network computes in: its weights' dtype, or what `autocast` says.
+class Wrapper(nn.Module):
+    """What denoisers and flow maps share: a raw network, what it is given beside x, and the arithmetic inside it.
 
     In training mode a network with dropout is given keys, from which its masks follow (see layers.dropout): calls with
     the same `dropout_keys` drop the same units, however they are computed. Without keys they are drawn from torch's
     global generator, once a call and outside of compiled code.
     """
 
+    started = ""  # how, where its weights come from another kind of model
     autocast: torch.dtype | None = None  # bfloat16 or float16 inside the network; None: as around the call
     compiled_jvp: Callable[..., tuple[Tensor, Tensor]] | None = None  # network_jvp, where training compiles it
 
-    def __init__(
-        self,
-        model: nn.Module,
-        precond: str = "edm",
-        c_noise: str = "log",
-        sigma_data: float = 0.5,
-        sigma_min: float = 0.002,
-        sigma_max: float = 80.0,
-    ) -> None:
+    def __init__(self, model: nn.Module, precond: str, c_noise: str, sigma_data: float, sigma_max: float) -> None:
         super().__init__()
-        if precond not in ("edm", "cm", "trigflow"):
-            raise ValueError(f"precond is {precond!r}; it must be edm, cm or trigflow")
-        if c_noise not in ("log", "log250", "t"):
-            raise ValueError(f"c_noise is {c_noise!r}; it must be log, log250 or t")
         self.model = model
         self.precond = precond
         self.c_noise = c_noise
         self.sigma_data = sigma_data
-        self.sigma_min = sigma_min
         self.sigma_max = sigma_max
         # What a network of this package says of itself; a network of yours need not.
         self.img_resolution: int | None = getattr(model, "img_resolution", None)
@@ -55,65 +39,11 @@ class Preconditioner(nn.Module):
         self.condition_dim: int = getattr(model, "condition_dim", 0)
         self.codec: nn.Module | None = None  # between data and what the model sees, where this repository loads them
 
-    def forward(
-        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None,
-        condition: Tensor | None = None, dropout_keys: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Estimate of the clean data, of x's shape; float32, or float64 if x is float64.
-
-        x: (B, ...) noisy data. sigma: (B,) its noise levels. Conditions: class_labels (B, label_dim) one-hot or None
-        (the null label); augment_labels (B, augment_dim) or None (not augmented); condition (B, condition_dim), for
-        networks that have one; dropout_keys, int64 (B,). ValueError for labels or conditions of another shape.
-        """
-        x, sigma = self._cast(x, sigma)
-        c_skip, c_out, _, _ = self.coefficients(sigma)
-        F = self.raw(x, sigma, class_labels, augment_labels, condition, dropout_keys).to(x.dtype)
-        return _wide(c_skip, x) * x + _wide(c_out, x) * F
-
-    def raw(self, x: Tensor, sigma: Tensor, *labels: Tensor | None, **conditions: Tensor | None) -> Tensor:
-        """F(c_in x, c_noise(sigma)), the network's own output in its own dtype; arguments as in `forward`."""
-        x, sigma = self._cast(x, sigma)
-        _, _, c_in, c_noise = self.coefficients(sigma)
-        dtype = next(self.model.parameters()).dtype
-        labels, more = self._given(x, dtype, *labels, **conditions)
-        with self._casting(x):
-            return self.model((_wide(c_in, x) * x).to(dtype), c_noise.to(dtype), *labels, **more)
-
-    def jvp(
-        self, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor, raw: bool = False, **conditions: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(D, its derivative along (dx, dsigma)), or F's if `raw`; shapes as in `forward`; one pass in forward mode.
-
-        Only the network computes in its own dtype; the derivative's error is that dtype's, however small the direction.
-        """
-        x, sigma = self._cast(x, sigma)
-        dx, dsigma = dx.to(x.dtype), dsigma.to(sigma.dtype)
-        (c_skip, c_out, c_in, c_noise), d = torch.func.jvp(self.coefficients, (sigma,), (dsigma,))
-        dtype = next(self.model.parameters()).dtype
-        primals = _wide(c_in, x) * x, c_noise
-        tangents = _wide(c_in, x) * dx + _wide(d[2], x) * x, d[3]
-        places = (v.to(dtype) for v in (*primals, *tangents))
-        with self._casting(x), plain_kernels():  # the fused kernels have no forward mode
-            F, dF = (self.compiled_jvp or self.network_jvp)(*places, *self._given(x, dtype, **conditions))
-        if raw:
-            return F, dF
-        F, dF = F.to(x.dtype), dF.to(x.dtype)
-        D = _wide(c_skip, x) * x + _wide(c_out, x) * F
-        return D, _wide(c_skip, x) * dx + _wide(d[0], x) * x + _wide(c_out, x) * dF + _wide(d[1], x) * F
-
     def network_jvp(
         self, u: Tensor, c: Tensor, du: Tensor, dc: Tensor, labels: tuple[Tensor | None, ...], more: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The network's own output at (u, c) and its derivative along (du, dc)."""
         return torch.func.jvp(lambda u, c: self.model.forward(u, c, *labels, **more), (u, c), (du, dc))
-
-    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(c_skip, c_out, c_in, c_noise) of noise levels (B,), (B,) each."""
-        eps = self.sigma_min if self.precond == "cm" else 0.0
-        c_skip = self.sigma_data**2 / ((sigma - eps) ** 2 + self.sigma_data**2)
-        c_out = self.sigma_data * (sigma - eps) / (sigma**2 + self.sigma_data**2).sqrt()
-        c_in = (sigma**2 + self.sigma_data**2).rsqrt()
-        return c_skip, -c_out if self.precond == "trigflow" else c_out, c_in, self.noise_label(sigma)
 
     def noise_label(self, sigma: Tensor) -> Tensor:
         """c_noise(sigma), what the network is told of the noise level; (B,) -> (B,)."""
@@ -141,9 +71,9 @@ class Preconditioner(nn.Module):
         return tuple(None if value is None else value.to(dtype) for value in labels), more
 
     @staticmethod
-    def _cast(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def _cast(x: Tensor, *levels: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return x.to(dtype), sigma.to(dtype).expand(x.shape[0])
+        return x.to(dtype), *(level.to(dtype).expand(x.shape[0]) for level in levels)
 
     @staticmethod
     def _labels(name: str, labels: Tensor | None, dim: int, x: Tensor) -> Tensor | None:
@@ -157,5 +87,95 @@ class Preconditioner(nn.Module):
         return labels
 
 
-def _wide(v: Tensor, x: Tensor) -> Tensor:
+class Preconditioner(Wrapper):
+    """D(x; sigma) = c_skip x + c_out F(c_in x, c_noise).
+
+    precond: "edm", "cm" whose boundary is D(x; sigma_min) = x, or "trigflow": edm in the clock t = atan(sigma/sd), with
+    the sign of F turned. c_noise: "log" is ln(sigma)/4, "log250" is 250 ln(sigma), "t" is t. The arithmetic is float32
+    (float64 for float64 x), whatever the network computes in: its weights' dtype, or what `autocast` says.
+    """
+
+    clock = "sigma"  # what the calls are told of the noise: its level
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precond: str = "edm",
+        c_noise: str = "log",
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+    ) -> None:
+        super().__init__(model, precond, c_noise, sigma_data, sigma_max)
+        if precond not in ("edm", "cm", "trigflow"):
+            raise ValueError(f"precond is {precond!r}; it must be edm, cm or trigflow")
+        if c_noise not in ("log", "log250", "t"):
+            raise ValueError(f"c_noise is {c_noise!r}; it must be log, log250 or t")
+        self.sigma_min = sigma_min
+        # The fastest that the noise embedding turns, in radians for each unit of ln sigma.
+        fastest = max((module.fastest for module in model.modules() if hasattr(module, "fastest")), default=1.0)
+        self.turn: float = fastest * {"log": 0.25, "log250": 250.0, "t": 0.5}[c_noise]
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None,
+        condition: Tensor | None = None, dropout_keys: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Estimate of the clean data, of x's shape; float32, or float64 if x is float64.
+
+        x: (B, ...) noisy data. sigma: (B,) its noise levels. Conditions: class_labels (B, label_dim) one-hot or None
+        (the null label); augment_labels (B, augment_dim) or None (not augmented); condition (B, condition_dim), for
+        networks that have one; dropout_keys, int64 (B,). ValueError for labels or conditions of another shape.
+        """
+        x, sigma = self._cast(x, sigma)
+        c_skip, c_out, _, _ = self.coefficients(sigma)
+        F = self.raw(x, sigma, class_labels, augment_labels, condition, dropout_keys).to(x.dtype)
+        return wide(c_skip, x) * x + wide(c_out, x) * F
+
+    def raw(self, x: Tensor, sigma: Tensor, *labels: Tensor | None, **conditions: Tensor | None) -> Tensor:
+        """F(c_in x, c_noise(sigma)), the network's own output in its own dtype; arguments as in `forward`."""
+        x, sigma = self._cast(x, sigma)
+        _, _, c_in, c_noise = self.coefficients(sigma)
+        dtype = next(self.model.parameters()).dtype
+        labels, more = self._given(x, dtype, *labels, **conditions)
+        with self._casting(x):
+            return self.model((wide(c_in, x) * x).to(dtype), c_noise.to(dtype), *labels, **more)
+
+    def jvp(
+        self, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor, raw: bool = False, **conditions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(D, its derivative along (dx, dsigma)), or F's if `raw`; shapes as in `forward`; one pass in forward mode.
+
+        Only the network computes in its own dtype; the derivative's error is that dtype's, however small the direction.
+        """
+        x, sigma = self._cast(x, sigma)
+        dx, dsigma = dx.to(x.dtype), dsigma.to(sigma.dtype)
+        (c_skip, c_out, c_in, c_noise), d = torch.func.jvp(self.coefficients, (sigma,), (dsigma,))
+        dtype = next(self.model.parameters()).dtype
+        primals = wide(c_in, x) * x, c_noise
+        tangents = wide(c_in, x) * dx + wide(d[2], x) * x, d[3]
+        places = (v.to(dtype) for v in (*primals, *tangents))
+        with self._casting(x), plain_kernels():  # the fused kernels have no forward mode
+            F, dF = (self.compiled_jvp or self.network_jvp)(*places, *self._given(x, dtype, **conditions))
+        if raw:
+            return F, dF
+        F, dF = F.to(x.dtype), dF.to(x.dtype)
+        D = wide(c_skip, x) * x + wide(c_out, x) * F
+        return D, wide(c_skip, x) * dx + wide(d[0], x) * x + wide(c_out, x) * dF + wide(d[1], x) * F
+
+    def logvar(self, sigma: Tensor) -> Tensor:
+        """u(sigma) of noise levels (B,), (B,) in float32 or float64: the log of the loss's size, if it is learned."""
+        dtype = torch.float64 if sigma.dtype == torch.float64 else torch.float32
+        return self.model.logvar(self.noise_label(sigma.to(dtype)).to(next(self.model.parameters()).dtype)).to(dtype)
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(c_skip, c_out, c_in, c_noise) of noise levels (B,), (B,) each."""
+        eps = self.sigma_min if self.precond == "cm" else 0.0
+        c_skip = self.sigma_data**2 / ((sigma - eps) ** 2 + self.sigma_data**2)
+        c_out = self.sigma_data * (sigma - eps) / (sigma**2 + self.sigma_data**2).sqrt()
+        c_in = (sigma**2 + self.sigma_data**2).rsqrt()
+        return c_skip, -c_out if self.precond == "trigflow" else c_out, c_in, self.noise_label(sigma)
+
+
+def wide(v: Tensor, x: Tensor) -> Tensor:
+    """v (B,) with as many dimensions as x (B, ...)."""
     return v.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,8 +1,9 @@
 """The UNets of EDM (2206.00364): SongUNet (DDPM++ and NCSN++, 2011.13456) and DhariwalUNet (ADM, 2105.05233).
 
 Both are called as `network(x, c_noise, class_labels=None, augment_labels=None, dropout_keys=None) -> F`, shapes
-(B, C, H, W), (B,), (B, label_dim), (B, augment_dim), int64 (B,) -> (B, out_channels, H, W). Wrap them in a
-`Preconditioner` to get a denoiser. Module names spell resolution and role, "16x16_block0", as published ones do.
+(B, C, H, W), (B,) or (B, told), (B, label_dim), (B, augment_dim), int64 (B,) -> (B, heads * out_channels, H, W). Wrap
+them in a `Preconditioner` to get a denoiser, in a `FlowMap` to get a velocity. Module names spell resolution and role,
+"16x16_block0", as published ones do.
 """
 
 import math
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import (
+    Conv2d,
     FourierEmbedding,
     GroupNorm,
+    Linear,
     PositionalEmbedding,
     Resample,
     ResampleConv,
@@ -34,15 +37,23 @@ def dropout_keys_of(net: nn.Module, x: Tensor, keys: Tensor | None) -> Tensor | 
     return torch.randint(2**31, (len(x),), device=x.device) if keys is None else keys
 
 
+def single(c_noise: Tensor, told: int) -> Tensor:
+    """c_noise (B,) or (B, told) as (B * told,), a sample's numbers one after another. ValueError for other shapes."""
+    if tuple(c_noise.shape[1:]) not in ((told,), () if told == 1 else (told,)):
+        wanted = "(B,)" if told == 1 else f"(B, {told})"
+        raise ValueError(f"c_noise has shape {tuple(c_noise.shape)}; this network needs {wanted}")
+    return c_noise.flatten()
+
+
 class UNet(nn.Module):
     """What both share: levels of residual blocks down and up again, joined by skip connections, and the way through."""
 
     def __init__(
-        self, img_resolution: int, img_channels: int, label_dim: int, augment_dim: int, dropout: float
+        self, img_resolution: int, img_channels: int, label_dim: int, augment_dim: int, dropout: float, told: int
     ) -> None:
         super().__init__()
         self.img_resolution, self.img_channels = img_resolution, img_channels
-        self.label_dim, self.augment_dim, self.dropout = label_dim, augment_dim, dropout
+        self.label_dim, self.augment_dim, self.dropout, self.told = label_dim, augment_dim, dropout, told
 
     def _add_levels(
         self,
@@ -145,8 +156,10 @@ class SongUNet(UNet):
         fourier_scale: float = 16.0,  # std of the Fourier frequencies: 16 (EDM), 0.02 (iCT, 2310.14189)
         scale_shift_norm: bool = False,  # the embedding scales and shifts (AdaGN) instead of being added
         pixel_norm: bool = False,  # normalise that scale and shift over channels (sCM)
+        told: int = 1,  # numbers a sample in c_noise, each embedded, the embeddings side by side
+        heads: int = 1,  # outputs of out_channels each
     ) -> None:
-        super().__init__(img_resolution, in_channels, label_dim, augment_dim, dropout)
+        super().__init__(img_resolution, in_channels, label_dim, augment_dim, dropout, told)
         for name, value, known in (
             ("embedding_type", embedding_type, ("positional", "fourier")),
             ("encoder_type", encoder_type, ("standard", "residual", "skip")),
@@ -155,7 +168,7 @@ class SongUNet(UNet):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
         self.encoder_type, self.decoder_type, self.resample_filter = encoder_type, decoder_type, resample_filter
-        self.aux_channels, self.out_channels = in_channels, out_channels
+        self.aux_channels, self.out_channels = in_channels, heads * out_channels
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
 
@@ -183,13 +196,13 @@ class SongUNet(UNet):
         else:
             self.map_noise = FourierEmbedding(noise_channels, fourier_scale)
         if label_dim:
-            self.map_label = initialised(nn.Linear(label_dim, noise_channels), xavier)
+            self.map_label = initialised(Linear(label_dim, told * noise_channels), xavier)
         if augment_dim:
-            self.map_augment = initialised(nn.Linear(augment_dim, noise_channels, bias=False), xavier)
-        self.map_layer0 = initialised(nn.Linear(noise_channels, emb_channels), xavier)
-        self.map_layer1 = initialised(nn.Linear(emb_channels, emb_channels), xavier)
+            self.map_augment = initialised(Linear(augment_dim, told * noise_channels, bias=False), xavier)
+        self.map_layer0 = initialised(Linear(told * noise_channels, emb_channels), xavier)
+        self.map_layer1 = initialised(Linear(emb_channels, emb_channels), xavier)
 
-        first = initialised(nn.Conv2d(in_channels, model_channels, 3, padding=1), xavier)
+        first = initialised(Conv2d(in_channels, model_channels, 3, padding=1), xavier)
         widths = [model_channels * mult for mult in channel_mult]
         attends = lambda res, i: res in attn_resolutions and i in (None, num_blocks)  # noqa: E731
         self._add_levels(block, first, widths, num_blocks, attends)
@@ -197,7 +210,7 @@ class SongUNet(UNet):
     def _extend_down(self, at: str, channels: int) -> None:
         if self.encoder_type == "skip":
             self.enc[f"{at}_aux_down"] = Resample("down", self.resample_filter)
-            self.enc[f"{at}_aux_skip"] = initialised(nn.Conv2d(self.aux_channels, channels, 1), xavier)
+            self.enc[f"{at}_aux_skip"] = initialised(Conv2d(self.aux_channels, channels, 1), xavier)
         if self.encoder_type == "residual":
             aux = ResampleConv(self.aux_channels, channels, 3, "down", self.resample_filter, filter_last=True)
             self.enc[f"{at}_aux_residual"] = initialised(aux, xavier)
@@ -208,7 +221,7 @@ class SongUNet(UNet):
             self.dec[f"{at}_aux_up"] = Resample("up", self.resample_filter)
         if self.decoder_type == "skip" or f"{at}_conv" in self.enc:
             self.dec[f"{at}_aux_norm"] = GroupNorm(channels, eps=1e-6)
-            out = nn.Conv2d(channels, self.out_channels, 3, padding=1)
+            out = Conv2d(channels, self.out_channels, 3, padding=1)
             self.dec[f"{at}_aux_conv"] = initialised(out, xavier, ZERO_SCALE)
 
     def _down(self, at: str, x: Tensor, aux: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,9 +240,10 @@ class SongUNet(UNet):
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """(B, emb_channels) from the noise level and the labels."""
-        emb = self.map_noise(c_noise)
+        emb = self.map_noise(single(c_noise, self.told))
         cos, sin = emb.chunk(2, dim=1)
         emb = torch.cat([sin, cos], dim=1)  # published weights expect the sines first
+        emb = emb.view(c_noise.shape[0], -1)
         if self.label_dim and class_labels is not None:
             emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
         if self.augment_dim and augment_labels is not None:
@@ -260,8 +274,10 @@ class DhariwalUNet(UNet):
         channels_per_head: int = 64,  # width of an attention head
         norm_groups: int | None = None,  # groups of every group norm; None: min(32, channels // 4)
         pixel_norm: bool = False,  # normalise that scale and shift over channels (sCM)
+        told: int = 1,  # numbers a sample in c_noise, each embedded, the embeddings side by side
+        heads: int = 1,  # outputs of out_channels each
     ) -> None:
-        super().__init__(img_resolution, in_channels, label_dim, augment_dim, dropout)
+        super().__init__(img_resolution, in_channels, label_dim, augment_dim, dropout, told)
         emb_channels = model_channels * channel_mult_emb
 
         def block(cin: int, cout: int, attention: bool = False, resample: str | None = None) -> UNetBlock:
@@ -283,18 +299,18 @@ class DhariwalUNet(UNet):
 
         self.map_noise = PositionalEmbedding(model_channels)
         if augment_dim:
-            self.map_augment = initialised(nn.Linear(augment_dim, model_channels, bias=False), kaiming, 0.0)
-        self.map_layer0 = initialised(nn.Linear(model_channels, emb_channels), kaiming)
-        self.map_layer1 = initialised(nn.Linear(emb_channels, emb_channels), kaiming)
+            self.map_augment = initialised(Linear(augment_dim, told * model_channels, bias=False), kaiming, 0.0)
+        self.map_layer0 = initialised(Linear(told * model_channels, emb_channels), kaiming)
+        self.map_layer1 = initialised(Linear(emb_channels, emb_channels), kaiming)
         if label_dim:
-            self.map_label = nn.Linear(label_dim, emb_channels, bias=False)
+            self.map_label = Linear(label_dim, emb_channels, bias=False)
             nn.init.normal_(self.map_label.weight)  # one row per class, like an embedding table
 
         widths = [model_channels * mult for mult in channel_mult]
-        first = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1), kaiming)
+        first = initialised(Conv2d(in_channels, widths[0], 3, padding=1), kaiming)
         self._add_levels(block, first, widths, num_blocks, lambda res, i: res in attn_resolutions)
         self.out_norm = GroupNorm(widths[0], eps=1e-5, groups=norm_groups)
-        self.out_conv = initialised(nn.Conv2d(widths[0], out_channels, 3, padding=1), kaiming, 0.0)
+        self.out_conv = initialised(Conv2d(widths[0], heads * out_channels, 3, padding=1), kaiming, 0.0)
 
     def _extend_down(self, at: str, channels: int) -> None:
         """Nothing beside the blocks."""
@@ -309,7 +325,7 @@ class DhariwalUNet(UNet):
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         """(B, emb_channels) from the noise level and the labels."""
-        emb = self.map_noise(c_noise)
+        emb = self.map_noise(single(c_noise, self.told)).view(c_noise.shape[0], -1)
         if self.augment_dim and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))

@@ -57,6 +57,15 @@ class Draws:
         """This process's rows of a tensor (total, ...)."""
         return rows[self.start : self.start + self.count]
 
+    def first(self, count: int) -> int:
+        """How many of this process's rows are among the first `count` of the global batch."""
+        return min(max(count - self.start, 0), self.count)
+
+    def dropped(self, share: float) -> torch.Tensor:
+        """bool (count,): the first rows of the global batch, as many as independent draws of this probability hit."""
+        hits = (torch.rand(self.total, generator=self.generator, device=self.device) < share).sum()
+        return torch.arange(self.start, self.start + self.count, device=self.device) < hits
+
     def normal(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """N(0, 1) of `shape`, whose first entry is `count`."""
         size = (self.total, *shape[1:])

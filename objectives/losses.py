@@ -40,6 +40,11 @@ def pseudo_huber(a: torch.Tensor, b: torch.Tensor, c: float | None = None) -> to
     return square / ((square + c * c).clamp(min=torch.finfo(square.dtype).tiny).sqrt() + c)
 
 
+def adaptive(square: torch.Tensor, p: float, eps: float) -> torch.Tensor:
+    """square / sg(square + eps)^p (B,): every sample weighs by its own error (2505.13447 eq. 22). p = 0: as it is."""
+    return square / (square.detach() + eps) ** p
+
+
 class LPIPS(torch.nn.Module):
     """Learned perceptual distance on images in [-1, 1], 1 or 3 channels (1801.03924), through the lpips package.
 

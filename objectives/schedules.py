@@ -87,3 +87,47 @@ def truncated_student_t(df: float, scale: float, low: float, high: float, points
     law = t(df, scale=scale)
     first, last = law.cdf([math.log(low), math.log(high)])
     return torch.from_numpy(law.ppf(torch.linspace(first, last, points, dtype=torch.float64).numpy()))
+
+
+# Flow maps: times 0 <= r <= t <= 1, z_t = (1 - t) x + t noise ---------------------------------------------------------
+
+
+def time_pair(
+    t: torch.Tensor,  # (B,) drawn on its own
+    r: torch.Tensor,  # (B,) drawn on its own
+    equal: torch.Tensor,  # (B,) bool: rows whose r becomes t
+    sampler: str = "v1",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(t, r) of MeanFlow, r <= t, (B,) each.
+
+    v0, the paper's (2505.13447 sec. 4.3): the larger is t, the smaller r, then r = t in the rows `equal`.
+    v1, the released CIFAR-10 code's: r = t in those rows, then r = min(t, r), so more rows than `equal` have r = t.
+    """
+    if sampler == "v0":
+        t, r = torch.maximum(t, r), torch.minimum(t, r)
+    r = torch.where(equal, t, r)
+    return t, torch.minimum(t, r)
+
+
+def soflow_rho(k: int, K: int, rho: tuple[float, float], schedule: str = "exponential") -> float:
+    """rho(k), the share of the way from t to r at which l lies: from rho[0] at step 0 to rho[1] at K (2512.15657)."""
+    first, last = rho
+    done = min(k / K, 1.0)
+    if schedule == "exponential":
+        return first * (last / first) ** done
+    if schedule == "linear":
+        return first + (last - first) * done
+    if schedule == "cosine":
+        return last + (first - last) * (1 + math.cos(math.pi * done)) / 2
+    return last  # constant
+
+
+def soflow_guidance(t: torch.Tensor, fade: float = 0.8, k: float = 0.025) -> torch.Tensor:
+    """g(t) (B,), by which SoFlow's guidance is multiplied: 1 up to t = fade, then smoothly down to 0 at t = 1.
+
+    1 - exp(-k a / (1 - a)), a = (1 - t)/(1 - fade), as in the code of 2512.15657. fade = 1: 1 everywhere.
+    """
+    if fade >= 1:
+        return torch.ones_like(t)
+    a = ((1 - t) / (1 - fade)).clamp(0, 1 - 1e-6)
+    return torch.where(t <= fade, 1.0, -torch.expm1(-k * a / (1 - a)))

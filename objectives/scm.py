@@ -37,6 +37,8 @@ class ContinuousConsistency(torch.nn.Module):
 
     g is the normalised tangent, from a forward-mode derivative of the network along the ODE. Without a teacher the
     ODE's slope is that of the pair (x, z): sCT; with one it is the teacher's: sCD.
+
+    FACM's anchor (2507.03738) adds flow matching of the same slope, by the same network told -t: F(x_t/sd, -t).
     """
 
     def __init__(
@@ -49,10 +51,11 @@ class ContinuousConsistency(torch.nn.Module):
         teacher: torch.nn.Module | None = None,  # a denoiser, in eval mode
         guidance: float | None = None,  # w of classifier-free guidance of the teacher
         weight: torch.nn.Module | None = None,  # w(t); None: AdaptiveWeight
+        anchor: float = 0.0,  # weight of FACM's flow-matching loss; 0: none
     ):
         super().__init__()
         self.sigma_data, self.P_mean, self.P_std = sigma_data, P_mean, P_std
-        self.warmup, self.c, self.guidance = warmup, c, guidance
+        self.warmup, self.c, self.guidance, self.anchor = warmup, c, guidance, anchor
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
         self.weight = weight or AdaptiveWeight()
 
@@ -81,8 +84,12 @@ class ContinuousConsistency(torch.nn.Module):
         w = self.weight(t).to(x.dtype)
         square = held(-g, F).square().reshape(len(x), -1).mean(1)
         loss = w.exp() * square - w
-        log = {"tangent_norm": norm.mean(), "w": w.mean(), "square": square.mean()}
-        return Output(loss, {**log, **by_level(loss, sd * t.tan())})
+        log = {"tangent_norm": norm.mean(), "w": w.mean(), "square": square.mean(), **by_level(loss, sd * t.tan())}
+        if self.anchor:
+            with replayed(dropout, x.device):
+                flow = anchor_loss(network(model, x_t / sd, -t, sd, conditions), dxdt / sd)
+            loss, log["anchor"] = loss + self.anchor * flow, flow.mean()
+        return Output(loss, log)
 
     def teacher_slope(self, x_t: torch.Tensor, t: torch.Tensor, conditions: dict) -> torch.Tensor:
         """dx/dt = sd F_teacher, from the teacher's denoiser: (cos(t) x_t - D) / sin(t)."""
@@ -108,6 +115,13 @@ class ContinuousConsistency(torch.nn.Module):
         direction = (cos * sin * dxdt / sd, t.cos() * t.sin())
         F, cos_sin_dFdt = network_along(model, x_t / sd, t, *direction, sd, conditions)
         return F, -(cos**2) * (sd * F - dxdt) - r * (cos * sin * x_t + sd * cos_sin_dFdt)
+
+
+def anchor_loss(F: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """FACM's flow-matching loss (B,): mean square plus 1 - cosine over the channels (2507.03738's code)."""
+    F, slope = (v.reshape(len(v), v.shape[1] if v.ndim > 1 else 1, -1) for v in (F, slope))
+    cosine = torch.nn.functional.cosine_similarity(F, slope, dim=1)
+    return (F - slope).square().mean((1, 2)) + (1 - cosine).mean(1)
 
 
 def in_edm_clock(u: torch.Tensor, t: torch.Tensor, sd: float) -> tuple[torch.Tensor, torch.Tensor]:
