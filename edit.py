@@ -47,8 +47,9 @@ def arguments() -> config.Arguments:
     pictures = "pictures or folders of them; interpolate takes two"
     add("--input", type=path, required=True, nargs="+", metavar="FILE", help=pictures)
     add("--out", type=path, required=True, metavar="DIR", help="new folder for the results and strips")
-    covered = "inpaint: what to fill in. A black and white image: the white; a drawing on a transparent or a plain "
-    covered += "coloured ground: every stroke; or a box in the input's pixels, right and bottom edge not included"
+    covered = "inpaint: what to fill in. An image with transparency, as a photo with a part erased: what is "
+    covered += "transparent; a black and white one: the white; a drawing on a plain coloured ground: every stroke; or "
+    covered += "a box in the input's pixels, right and bottom edge not included"
     add("--mask", type=path, metavar="FILE|x0,y0,x1,y1", help=covered)
     add("--factor", type=count, metavar="N", help="superres: how many times smaller, in each direction")
     start = "denoise: the noise level, with pixels in [-1, 1] [estimated]; stroke, interpolate: how much noise hides "
@@ -57,8 +58,9 @@ def arguments() -> config.Arguments:
     levels = parser.add_mutually_exclusive_group().add_argument
     levels("--steps", type=evaluations, metavar="S", help="evaluations a result [40; stroke, interpolate 3, denoise 1]")
     levels("--sigmas", type=numbers, metavar="80,20,...", help="the noise levels of the evaluations instead")
+    levels("--times", type=numbers, metavar="1,0.5,...", help="a flow map's times, from 1 (noise), instead")
     add("--seed", type=natural, default=0, metavar="K", help="the same seed gives the same results [0]")
-    add("--class", type=natural, dest="class_index", metavar="C", help="class of the results [drawn, one by one]")
+    add("--class", dest="class_index", metavar="C", help="class of the results, by name or number [drawn, one by one]")
     add("--num", type=count, metavar="N", help="results for each input [4; denoise 1, interpolate 8]")
     add("--ema", type=natural, default=0, metavar="I", help="which of several averages, counted from 0 [0]")
     add("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
@@ -71,11 +73,12 @@ def check_options(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None and args.task not in tasks:
             raise ConfigError(f"--{option}: {args.task} takes none; it is for {', '.join(tasks)}")
     if args.task == "inpaint" and args.mask is None:
-        raise ConfigError("--mask: inpaint needs one: an image (white is filled in), a drawing, or a box x0,y0,x1,y1")
+        what = "an image (what is transparent, or white, is filled in), a drawing, or a box x0,y0,x1,y1"
+        raise ConfigError(f"--mask: inpaint needs one: {what}")
     if args.task == "superres" and args.factor is None:
         raise ConfigError("--factor: superres needs one: how many times smaller the picture is, as --factor 4")
-    if args.sigma is not None and args.sigmas is not None:
-        raise ConfigError("--sigma: the first of --sigmas says it already; give one of the two")
+    if args.sigma is not None and (args.sigmas or args.times):
+        raise ConfigError(f"--sigma: the first of --{'sigmas' if args.sigmas else 'times'} says it already; give one")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -107,15 +110,18 @@ def run(args: argparse.Namespace) -> None:
         jobs = [(f"{i:03d}_{p.name}" if several else p.name, [p]) for i, p in enumerate(problems)]
     started = time.perf_counter()
     for name, own in jobs:
-        results = data.to_uint8(tasks.solve(args, own, model, num, classes)).cpu()
+        results = data.to_uint8(tasks.solve(args, cfg, own, model, num, classes)).cpu()
         before, after = ([own[0].image], [own[1].image]) if len(own) == 2 else ([own[0].image, own[0].seen], [])
+        before[1:1] = [own[0].mask] if own[0].mask is not None else []
         strip = torch.stack([*before, *results[:32], *after])
         pictures.write_png(pictures.grid(strip, columns=len(strip), tile=96), out / f"{name}_strip.png")
         for i, result in enumerate(results):
             pictures.write_png(result, out / f"{name}_{i:02d}.png")
     seconds = time.perf_counter() - started
     columns = "first | results | second" if args.task == "interpolate" else "input | what the model sees | results"
-    total, steps = num * len(jobs), len(problems[0].sigmas)
+    if args.task == "inpaint":
+        columns = "input | mask, white filled in | what the model sees | results"
+    total, steps = num * len(jobs), len(problems[0].levels)
     print(f"{args.task}: {total} results, {steps} evaluations each, seed {args.seed}: {seconds:.1f} s on {device}")
     print(f"written: {out}; strips show {columns}")
 

@@ -46,12 +46,17 @@ def arguments() -> config.Arguments:
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument("--steps", type=evaluations, metavar="S", help="evaluations of the network a sample [1]")
     levels.add_argument("--sigmas", type=numbers, metavar="80,0.8", help="the noise levels of the evaluations instead")
-    levels.add_argument("--search-sigmas", type=several, metavar="S", help="find the best levels for --steps 2 to S")
+    levels.add_argument("--times", type=numbers, metavar="1,0.5", help="a flow map's times, from 1 (noise), instead")
+    search = {"dest": "search", "type": several, "metavar": "S", "help": "find the best levels for --steps 2 to S"}
+    levels.add_argument("--search-sigmas", "--search-times", **search)
     levels.add_argument("--sweep", type=counts, metavar="1,2,4", help="score with each of these --steps, and plot")
     add("--batch", type=count, default=256, metavar="B", help="samples drawn at a time [256]; changes no sample")
     add("--seed", type=natural, default=0, metavar="K", help="sample i of seed K is always the same [0]")
-    add("--class", type=natural, dest="class_index", metavar="C", help="draw this class only")
-    add("--conditions", metavar="FILE", help="for vectors: sample i gets row i of this npy or npz [training set's]")
+    add("--class", dest="class_index", metavar="C", help="draw this class only, by name or number")
+    add("--guidance", metavar="W", help="classifier-free guidance: sample.guidance")
+    add("--interval", metavar="A,B", help="t where a network that is told its guidance is guided: sample.interval")
+    rows = "for vectors: sample i gets row i of this npy or npz [training set's]"
+    add("--conditions", type=path, metavar="FILE", help=rows)
     add("--ema", type=natural, default=0, metavar="I", help="which of several averages, counted from 0 [0]")
     where = "folder for the images [a new one in the run folder]; a stopped run's goes on"
     add("--out", type=path, metavar="DIR", help=where)
@@ -66,13 +71,14 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     if (args.ckpt is None) == (args.samples is None):
         raise ConfigError("--ckpt: give a checkpoint to sample from, or --samples with images made elsewhere")
-    if args.nearest and (args.search_sigmas or args.sweep):
+    if args.nearest and (args.search or args.sweep):
         raise ConfigError("--nearest: is for one number of steps; leave it out of --search-sigmas and --sweep")
     if args.samples is None:
         return
     if not (args.calc_fid or args.nearest):
         raise ConfigError("--samples: say what to do with them: --calc_fid, --nearest or both")
-    drawn = ["num", "steps", "sigmas", "search_sigmas", "sweep", "class_index", "conditions", "format"]
+    drawn = ["num", "steps", "sigmas", "times", "search", "sweep", "class_index", "guidance", "interval"]
+    drawn += ["conditions", "format"]
     choices.refuse(args, drawn, "is for sampling from a checkpoint; --samples takes the images that are there")
 
 
@@ -98,7 +104,8 @@ def yes(text: str) -> bool:
 def run(args: argparse.Namespace) -> int:
     """Do what the command asks on its devices; its exit code."""
     check(args)
-    cfg = config.load(args.cfg, args.overrides)
+    given = {"sample.guidance": args.guidance, "sample.interval": args.interval and f"[{args.interval}]"}
+    cfg = config.load(args.cfg, [*args.overrides, *(f"{key}={value}" for key, value in given.items() if value)])
     import torch.distributed as dist
 
     from metrics import scores
@@ -122,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) -> None:
     """What the command asks for, with samples of a checkpoint."""
-    from sampling import search
+    from sampling import plan, search
     from sampling.drawing import Drawing
     from sampling.samples import samples_of
     from training.devices import rank_and_world
@@ -130,16 +137,20 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     rank, world = rank_and_world()
     model, step = choices.trained_model(args, cfg, device)
     kind = samples_of(model.codec)
-    if rank > 0 and (args.search_sigmas or args.sweep):
+    if rank > 0 and (args.search or args.sweep):
         return
     training_set = functools.cache(lambda: kind.training_set(cfg))
     num, given, format = kind.asked(args, cfg, training_set)
-    sigmas, solver = choices.chosen_levels(args, cfg, rank=rank)
-    drawing = Drawing(model, args.seed, num, sigmas, solver, given, args.batch, cfg.sample.guidance)
+    levels, solver = choices.chosen_levels(args, cfg, rank=rank)
+    told = (cfg.sample.guidance, cfg.sample.interval, choices.chosen_class(args, model.codec))
+    drawing = Drawing(model, args.seed, num, levels, solver, given, args.batch, *told)
     # Read before the sampling: what is missing is said now.
     dataset = training_set() if rank == 0 and kind.needs_set(args, cfg) else None
-    if args.search_sigmas:
-        search.search(drawing, args.search_sigmas, cfg, dataset, device, search.store(args.ckpt), step)
+    if rank == 0 and drawing.of_class is not None and (args.calc_fid or args.search or args.sweep):
+        kind.check_reference(dataset, cfg, drawing.of_class)
+    if args.search:
+        store = search.store(args.ckpt, plan.clock(cfg))
+        search.search(drawing, args.search, cfg, dataset, device, store, step)
         return
     if args.sweep:
         plans = {steps: choices.chosen_levels(args, cfg, steps) for steps in args.sweep}
@@ -151,8 +162,9 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     samples = kind.kept(drawing, out, format, cfg)
     print(kind.said(drawing, out, str(device) if world == 1 else f"each of {world} x {device.type}"))
     if args.calc_fid:
-        found = kind.score(samples, given, dataset, cfg, device)
-        print(f"score at {drawing.nfe} NFE: {kind.describe(found, cfg, kind.to_score(num, dataset))}")
+        found = kind.score(samples, given, dataset, cfg, device, of_class=drawing.of_class)
+        said = kind.describe(found, cfg, kind.to_score(num, dataset), dataset, drawing)
+        print(f"score at {drawing.nfe} NFE: {said}")
     if args.nearest:
         show_nearest(samples, dataset, device, out / "nearest.png")
 
@@ -171,7 +183,8 @@ def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> 
     out = choices.new_folder(args, cfg) if args.nearest else None
     if args.calc_fid:
         found = scores.score(images, dataset, cfg.metrics, cfg.data.dir, device)
-        print(f"score: {scores.describe(found, cfg.metrics, len(images))}")
+        against = scores.reference(cfg.metrics, dataset)
+        print(f"score: {scores.describe(found, cfg.metrics, len(images), against=against)}")
     if out:
         show_nearest(images, dataset, device, out / "nearest.png")
 
@@ -190,6 +203,8 @@ def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config, kind: Samples,
         if rank == 0 and drawing.num > shards.SHARD:
             print(f"samples to {stop:,} of {drawing.num:,}  {drawing.speed()}", flush=True)
     wait_for_all()
+    if rank == 0:
+        kind.write_labels(drawing, out, format)
     return out
 
 

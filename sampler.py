@@ -1,10 +1,14 @@
 """Noise in, data out: pure functions of a model, starting noise and noise levels.
 
-`model(x, sigma, **conditions)` maps a batch of any shape and its noise levels (B,) to clean data.
+`model(x, sigma, **conditions)` maps a batch of any shape and its noise levels (B,) to clean data: x = data + sigma
+noise, the clock "sigma". A flow map `model(z, t, r, **conditions)` gives the average velocity from time t to r (B,):
+z = (1 - t) data + t noise, the clock "time". `to_data` makes of it a model of clean data, `model(z, t, **conditions)`,
+for what is written for these: `multistep` and editing, told the clock.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -29,18 +33,57 @@ def karras_sigmas(
 def multistep(
     model: Model,
     z: torch.Tensor,  # (B, ...) N(0, 1)
-    sigmas: Sequence[float],  # descending noise levels, the first where z starts; one level is one-step sampling
+    levels: Sequence[float],  # descending sigmas or times, the first where z starts; one level is one-step sampling
     noise_at: NoiseAt | None = None,  # i >= 1 -> (B, ...) N(0, 1) injected before evaluation i; None: torch's generator
-    sigma_min: float = 0.002,
+    sigma_min: float = 0.002,  # of the clock "sigma"
+    clock: str = "sigma",  # or "time"
     **conditions: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Clean data in len(sigmas) evaluations: x <- D(x + sqrt(s^2 - sigma_min^2) z; s) (2303.01469 alg. 1)."""
-    x = model(sigmas[0] * z, _level(sigmas[0], z), **conditions)
-    for i, sigma in enumerate(sigmas[1:], start=1):
+    """Clean data in len(levels) evaluations: x <- D(x + sqrt(s^2 - sigma_min^2) z; s) (2303.01469 alg. 1).
+
+    In the clock "time": x <- D((1 - t) x + t z; t).
+    """
+    x = model(levels[0] * z, _level(levels[0], z), **conditions)
+    for i, level in enumerate(levels[1:], start=1):
         noise = torch.randn_like(z) if noise_at is None else noise_at(i)
-        x = x + max(sigma**2 - sigma_min**2, 0) ** 0.5 * noise
-        x = model(x, _level(sigma, z), **conditions)
+        of_data, of_noise = shares(level, clock)
+        if clock == "sigma":
+            of_noise = max(level**2 - sigma_min**2, 0) ** 0.5
+        x = model(of_data * x + of_noise * noise, _level(level, z), **conditions)
     return x
+
+
+def shares(level: float, clock: str) -> tuple[float, float]:
+    """(a, b) of a data + b noise at a level: (1, sigma), or (1 - t, t) in the clock "time"."""
+    return (1.0, level) if clock == "sigma" else (1.0 - level, level)
+
+
+def to_data(flow_map: Model) -> Model:
+    """A flow map as a model of clean data in the clock "time": x = z - t u(z, t, 0)."""
+
+    def model(z: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
+        return z - t.reshape(-1, *[1] * (z.ndim - 1)) * flow_map(z, t, torch.zeros_like(t), **conditions)
+
+    return model
+
+
+def jumps(
+    model: Model,  # a flow map
+    z: torch.Tensor,  # (B, ...) N(0, 1)
+    times: Sequence[float],  # descending from 1; where each evaluation starts, the last of which ends at 0
+    noise_at: NoiseAt | None = None,  # as for multistep; None: no noise is added
+    **conditions: torch.Tensor | None,
+) -> torch.Tensor:
+    """Clean data in len(times) evaluations: z <- z - (t - r) u(z, t, r), from each time t to the next (2505.13447).
+
+    With noise_at: to the data, and back to the next time with new noise (2512.15657).
+    """
+    if noise_at is not None:
+        return multistep(to_data(model), z, times, noise_at, clock="time", **conditions)
+    z = times[0] * z
+    for t, r in itertools.pairwise([*times, 0.0]):
+        z = z - (t - r) * model(z, _level(t, z), _level(r, z), **conditions)
+    return z
 
 
 def heun(
@@ -59,6 +102,24 @@ def heun(
             ahead = x + (lower - sigma) * (slope + slope_ahead) / 2
         x = ahead
     return x
+
+
+def flow_heun(
+    model: Model,  # a flow map, of which u(z, t, t) is the velocity at t
+    z: torch.Tensor,  # (B, ...) N(0, 1)
+    times: Sequence[float],  # descending from 1, without the final 0
+    **conditions: torch.Tensor | None,
+) -> torch.Tensor:
+    """dz/dt = u(z, t, t) by Heun's method in 2 len(times) - 1 evaluations: `heun` in the clock "time"."""
+    z = times[0] * z
+    for t, r in itertools.pairwise([*times, 0.0]):
+        slope = model(z, _level(t, z), _level(t, z), **conditions)
+        ahead = z + (r - t) * slope
+        if r > 0:  # the last step, to zero, is Euler's
+            slope_ahead = model(ahead, _level(r, z), _level(r, z), **conditions)
+            ahead = z + (r - t) * (slope + slope_ahead) / 2
+        z = ahead
+    return z
 
 
 def dpm_solver_trajectory(
@@ -93,8 +154,8 @@ def dpm_solver_trajectory(
     return torch.stack(points), torch.tensor(sigmas, dtype=torch.float64), x
 
 
-def _level(sigma: float, z: torch.Tensor) -> torch.Tensor:
-    return torch.full((len(z),), float(sigma), dtype=z.dtype, device=z.device)
+def _level(level: float, z: torch.Tensor) -> torch.Tensor:
+    return torch.full((len(z),), float(level), dtype=z.dtype, device=z.device)
 
 
 def levels(
@@ -117,30 +178,42 @@ def levels(
     return karras_sigmas(steps + 1, sigma_min, sigma_max)[:-1].tolist()
 
 
-def search_levels(
-    score: Callable[[list[float]], float],  # noise levels -> what is to be low, as the FID of samples drawn by them
+def times(
     steps: int,
-    sigma_max: float = 80.0,
-    sigma_min: float = 0.002,
-    tolerance: float = 0.1,  # of ln sigma
+    given: Sequence[float] | None = None,  # a config's sample.times
+) -> list[float]:
+    """Times for `steps` evaluations of a flow map: the first of `given` where it has so many, else even from 1."""
+    if given is not None and steps <= len(given):
+        return list(given[:steps])
+    return [1 - i / steps for i in range(steps)]
+
+
+def search_levels(
+    score: Callable[[list[float]], float],  # levels -> what is to be low, as the FID of samples drawn by them
+    steps: int,
+    highest: float = 80.0,
+    lowest: float = 0.002,
+    tolerance: float | None = None,  # of ln sigma [0.1], or of t [0.02]
+    clock: str = "sigma",  # or "time"
 ) -> Iterator[tuple[list[float], float]]:
     """The best levels of 2, 3, ... `steps` evaluations and their scores (2303.01469 sec. 5).
 
-    Greedy: each keeps the levels before it and finds one more, by golden-section search over ln sigma between sigma_min
-    and the level before. The best level tried is taken, so noise in the scores cannot lose it. Levels have three
-    significant digits.
+    Greedy: each keeps the levels before it and finds one more, by golden-section search over ln sigma, or over t,
+    between the lowest and the level before. The best level tried is taken, so noise in the scores cannot lose it.
+    Levels have three significant digits.
     """
-    found = [float(sigma_max)]
+    place, level_at, usual = (math.log, math.exp, 0.1) if clock == "sigma" else (float, float, 0.02)
+    found = [float(highest)]
     while len(found) < steps:
         tried: dict[float, float] = {}
 
-        def at(log_sigma: float, found: list[float] = found, tried: dict[float, float] = tried) -> float:
-            sigma = float(f"{math.exp(log_sigma):.3g}")
-            if sigma not in tried:
-                tried[sigma] = score([*found, sigma])
-            return tried[sigma]
+        def at(where: float, found: list[float] = found, tried: dict[float, float] = tried) -> float:
+            level = float(f"{level_at(where):.3g}")
+            if level not in tried:
+                tried[level] = score([*found, level])
+            return tried[level]
 
-        golden_section(at, math.log(sigma_min), math.log(found[-1]), tolerance)
+        golden_section(at, place(lowest), place(found[-1]), tolerance or usual)
         best = min(tried, key=tried.__getitem__)
         found = [*found, best]
         yield found, tried[best]
@@ -163,17 +236,34 @@ def golden_section(f: Callable[[float], float], low: float, high: float, toleran
     return (low + high) / 2
 
 
-def guided(model: Model, w: float | None) -> Model:
-    """Classifier-free guidance of a diffusion model, D_null + w (D - D_null) (2207.12598); None or 1: the model itself.
+def guided(model: Model, w: float | None, interval: Sequence[float] | None = None) -> Model:
+    """Classifier-free guidance: D_null + w (D - D_null) (2207.12598), or velocities so; None or 1: the model itself.
 
-    The null is the model without labels, which network.label_dropout has taught it.
+    The null is the model without labels, which network.label_dropout has taught it. A network that is told its guidance
+    (guidance_inputs) is told w and the interval of t, and is evaluated once.
     """
+    if getattr(model, "guidance_inputs", False):
+        return _told(model, w, interval)
     if w is None or w == 1:
         return model
 
-    def denoiser(x: torch.Tensor, sigma: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
-        D = model(x, sigma, **conditions)
-        D_null = model(x, sigma, **{**conditions, "class_labels": None})
-        return D_null + w * (D - D_null)
+    def mixed(x: torch.Tensor, *levels: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
+        own = model(x, *levels, **conditions)
+        null = model(x, *levels, **{**conditions, "class_labels": None})
+        return null + w * (own - null)
 
-    return denoiser
+    return mixed
+
+
+def _told(model: Model, w: float | None, interval: Sequence[float] | None) -> Model:
+    if w is None and interval is None:
+        return model
+
+    def told(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
+        if w is not None:
+            conditions["guidance"] = torch.full_like(t, w)
+        if interval is not None:
+            conditions["interval"] = t.new_tensor(interval).expand(len(t), 2)
+        return model(z, t, r, **conditions)
+
+    return told

@@ -1,4 +1,4 @@
-"""CT, iCT, ECT and sCT on points in the plane: python examples/points_2d.py [--quick] [--out FOLDER]
+"""CT, iCT, ECT, sCT, MeanFlow and SoFlow on points in the plane: python examples/points_2d.py [--quick] [--out FOLDER]
 
 A checkerboard, two moons and two spirals. Every method has about a minute on one CPU core. Draws the data, the ends of
 the exact probability-flow trajectories, and each method's one-step samples from the same noise: a point has the colour
@@ -26,12 +26,14 @@ sys.path.insert(0, str(ROOT))
 import sampler  # noqa: E402
 from ema import EMA  # noqa: E402
 from metrics.distance import wasserstein  # noqa: E402
-from networks import Preconditioner  # noqa: E402
+from networks import FlowMap, Preconditioner  # noqa: E402
 from objectives import losses  # noqa: E402
 from objectives.ct import ConsistencyTraining  # noqa: E402
 from objectives.ect import EasyConsistencyTuning  # noqa: E402
 from objectives.ict import ImprovedConsistencyTraining  # noqa: E402
+from objectives.meanflow import MeanFlow  # noqa: E402
 from objectives.scm import ContinuousConsistency  # noqa: E402
+from objectives.soflow import SoFlow  # noqa: E402
 from sampler import karras_sigmas  # noqa: E402
 
 SD, TOP, BATCH = 0.5, 10.0, 512  # in noise of 10, points of 0.5 are gone; every level above is one more to learn
@@ -84,19 +86,23 @@ def trajectory_ends(data: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 
 class Net(torch.nn.Module):
-    """F(x, c_noise) of points (B, 2): waves of x show it the edges of a square, which an MLP on x finds slowly."""
+    """F(x, c_noise) of points (B, 2): waves of x show it the edges of a square, which an MLP on x finds slowly.
 
-    def __init__(self, width: int = 128, depth: int = 4):
+    c_noise is (B,) or, of flow maps, the two times (B, 2).
+    """
+
+    def __init__(self, told: int = 1, width: int = 128, depth: int = 4):
         super().__init__()
+        self.told = told
         self.register_buffer("waves", torch.tensor([1.0, 2.0, 4.0]))
-        self.first = torch.nn.Linear(2 + 2 * 2 * 3 + 1 + 2 * 3, width)
+        self.first = torch.nn.Linear((2 + told) * (1 + 2 * 3), width)
         self.middle = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(depth))
         self.last = torch.nn.Linear(width, 2)
         torch.nn.init.zeros_(self.last.weight)  # D starts at c_skip x
         torch.nn.init.zeros_(self.last.bias)
 
     def forward(self, x: torch.Tensor, c_noise: torch.Tensor, *nothing: None) -> torch.Tensor:
-        u = torch.cat([x, c_noise[:, None]], 1)
+        u = torch.cat([x, c_noise.reshape(-1, self.told)], 1)
         angles = (u[:, :, None] * self.waves).flatten(1)
         h = self.first(torch.cat([u, angles.sin(), angles.cos()], 1))
         for linear in self.middle:
@@ -118,6 +124,8 @@ def methods(steps: int) -> dict[str, tuple[str, Callable, int]]:
         "iCT": ("cm", lambda m: ImprovedConsistencyTraining(steps, huber, s1=320, sigma_max=TOP, **levels), steps),
         "ECT": ("edm", lambda m: EasyConsistencyTuning(steps / 9, huber_c=0.03, **levels), steps),
         "sCT": ("trigflow", lambda m: ContinuousConsistency(SD, warmup=steps // 4, **levels), steps * 2 // 3),
+        "MeanFlow": ("flow", lambda m: MeanFlow(P_mean_t=0.0, P_mean_r=-2.0, p=0.5, eps=0.01), steps * 2 // 3),
+        "SoFlow": ("flow", lambda m: SoFlow(steps, (1.0, 0.003), P_mean_t=0.0, P_mean_r=-2.0, p=0.5, eps=0.01), steps),
     }
 
 
@@ -125,7 +133,9 @@ def train(data: torch.Tensor, precond: str, make: Callable, steps: int, lr: floa
     """The averaged model after `steps` on random batches of `data` (N, 2)."""
     torch.manual_seed(0)
     clock = "t" if precond == "trigflow" else "log"  # sCT wants TrigFlow's
-    model = Preconditioner(Net(), precond, clock, sigma_data=SD, sigma_max=TOP)
+    model = (
+        Preconditioner(Net(), precond, clock, sigma_data=SD, sigma_max=TOP) if precond != "flow" else FlowMap(Net(2))
+    )
     objective = make(model)
     parameters = [p for module in (model, objective) for p in module.parameters() if p.requires_grad]
     optimizer, ema = torch.optim.RAdam(parameters, lr=lr), EMA(model, 0.999, warmup=0.05)
@@ -183,7 +193,7 @@ def mosaic(rows: list[list[Image.Image]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> dict[tuple[str, str], float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/points_2d", help="folder for points_2d.png")
-    parser.add_argument("--steps", type=int, default=6000, help="of CT, iCT and ECT; an sCT step costs more")
+    parser.add_argument("--steps", type=int, default=6000, help="of CT, iCT, ECT and SoFlow; others' cost more")
     parser.add_argument("--only", nargs="+", help="names of methods")
     parser.add_argument("--quick", action="store_true", help="a trial in seconds, whose figures mean nothing")
     args = parser.parse_args(argv)
@@ -207,8 +217,10 @@ def main(argv: list[str] | None = None) -> dict[tuple[str, str], float]:
             model = train(data, precond, make, length)
             seconds = time.perf_counter() - started
             with torch.no_grad():
-                one = sampler.multistep(model, z, [TOP])
-                two = sampler.multistep(model, z[:count], [TOP, 0.3])
+                if model.clock == "time":
+                    one, two = sampler.jumps(model, z, [1.0]), sampler.jumps(model, z[:count], [1.0, 0.5])
+                else:
+                    one, two = sampler.multistep(model, z, [TOP]), sampler.multistep(model, z[:count], [TOP, 0.3])
             found[name, method] = w = wasserstein(one[:count], fresh[:count])
             away = (one[: len(ends)] - ends).norm(dim=1).median()
             cells = f"{w:.3f} | {wasserstein(two, fresh[:count]):.3f} | {away:.3f} | {seconds:.0f}"

@@ -135,15 +135,16 @@ def record(task: str, path: Path, count: int) -> None:
 # The policies ---------------------------------------------------------------------------------------------------------
 
 
-def consistency_policy(path: Path, sigmas: list[float]) -> Act:
-    """The policy in a checkpoint: actions drawn in len(sigmas) evaluations of the network."""
+def consistency_policy(path: Path, levels: list[float]) -> Act:
+    """The policy in a checkpoint: actions drawn in len(levels) evaluations of the network; levels: sigmas, or times."""
     model, generator = checkpoints.load_model(path), torch.Generator().manual_seed(0)
 
     @torch.inference_mode()
     def act(obs: np.ndarray) -> np.ndarray:
         condition = model.codec.condition(torch.as_tensor(obs, dtype=torch.float32))
-        z, *more = (torch.randn(len(obs), *model.shape, generator=generator) for _ in sigmas)
-        x = sampler.multistep(model, z, sigmas, lambda i: more[i - 1], condition=condition)
+        z, *more = (torch.randn(len(obs), *model.shape, generator=generator) for _ in levels)
+        draw = sampler.multistep if model.clock == "sigma" else sampler.jumps
+        x = draw(model, z, levels, lambda i: more[i - 1], condition=condition)
         return model.codec.restore(x).numpy()
 
     return act
@@ -198,6 +199,7 @@ def compare(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         record(task, data, 20 if args.quick else 1000 if task == "pendulum" else 2000)
     settings = [f"run.name={task}", f"run.dir={run}", f"run.seed={args.seed}"]
     settings += [f"data.path={data}", f"data.bounds={args.bounds}"]
+    settings += [f"objective.name={args.objective}"] if args.objective else []
     if args.quick:
         settings += ["train.steps=40", "train.lr_warmup=4", "train.log_every=20", "metrics.num=100"]
     config = ROOT / "configs" / "policy_pendulum.yml"
@@ -206,12 +208,12 @@ def compare(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     ckpt = run / "checkpoints" / "last.ckpt"
     model = checkpoints.load_model(ckpt)
     steps = checkpoints.load(ckpt)["step"]
-    top = model.sigma_max
+    top, second = (model.sigma_max, args.second) if model.clock == "sigma" else (1.0, 0.5)
     policies = {
         "expert": expert,
         "mean squared error": mse_policy(data, model, steps, args.seed),
         "consistency, 1 step": consistency_policy(ckpt, [top]),
-        "consistency, 2 steps": consistency_policy(ckpt, [top, args.second]),
+        "consistency, 2 steps": consistency_policy(ckpt, [top, second]),
     }
     first = 100_000 * (args.seed + 1)
     seeds = range(first, first + (3 if args.quick else EPISODES))
@@ -243,6 +245,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bounds", choices=("clamp", "tanh"), default="tanh", help="how actions stay in range")
     parser.add_argument("--second", type=float, default=0.8, help="noise level of the second of two steps")
+    parser.add_argument("--objective", help="another method without a teacher, as meanflow; give another --out too")
     parser.add_argument("--seed", type=int, default=0, help="of the training, and of the starts that are compared")
     parser.add_argument("--out", default="runs/policy", help="folder for data and runs; what is there is used")
     parser.add_argument("--quick", action="store_true", help="a trial in seconds, whose figures mean nothing")

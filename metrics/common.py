@@ -21,6 +21,12 @@ def fetch(images: Images, indices: torch.Tensor) -> torch.Tensor:
     return images.batch(indices).cpu()
 
 
+def class_name(number: int, names: list[str] | None) -> str:
+    """'class 3', and its name where that is another: 'class 3 (owl)'."""
+    named = bool(names) and number < len(names) and names[number] != str(number)
+    return f"class {number} ({names[number]})" if named else f"class {number}"
+
+
 def spread(count: int, most: int) -> torch.Tensor:
     """Up to `most` int64 indices spread evenly over 0..count - 1, both ends included."""
     return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()

@@ -24,15 +24,15 @@ from torch_fidelity.metric_fid import fid_input_id_to_statistics, fid_statistics
 from torch_fidelity.utils import create_feature_extractor
 
 import config
-from metrics.classifier import classifier_weights
-from metrics.common import Images, ImageSet, Log, ScoreError, fetch, one_line, spread
+from metrics.classifier import MAX_SIZE, classifier_weights
+from metrics.common import Images, ImageSet, Log, ScoreError, class_name, fetch, one_line, spread
 from metrics.weights import CLIP, DINOV2, published_weights
 
-FEATURES = {  # metrics.features -> torch-fidelity's extractor, and its name for people
-    "classifier": ("classifier", "classifier features"),
-    "inception": ("inception-v3-compat", "Inception features"),
-    "dinov2": (DINOV2, "DINOv2 ViT-B/14 features"),
-    "clip": (CLIP, "CLIP ViT-B/32 features"),
+FEATURES = {  # metrics.features -> torch-fidelity's extractor, its name for people, and what it resizes images to
+    "classifier": ("classifier", "classifier features", None),
+    "inception": ("inception-v3-compat", "Inception features", 299),
+    "dinov2": (DINOV2, "DINOv2 ViT-B/14 features", 224),
+    "clip": (CLIP, "CLIP ViT-B/32 features", 224),
 }
 KEYS = {  # ours -> torch-fidelity's, by the metric that gives them
     "fid": {"fid": "frechet_inception_distance"},
@@ -47,10 +47,36 @@ def features_name(metrics_cfg: config.Metrics) -> str:
     return FEATURES[metrics_cfg.features][1]
 
 
-def describe(scores: dict[str, float], metrics_cfg: config.Metrics, count: int) -> str:
+def describe(
+    scores: dict[str, float],
+    metrics_cfg: config.Metrics,
+    count: int,
+    asked: str = "",  # what the samples were asked for, after a comma
+    against: str = "",  # what `reference` says
+) -> str:
     """One line for people: 'fid 1.23, precision 0.71, recall 0.64 (classifier features, 5,000 samples)'."""
     figures = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-    return f"{figures} ({features_name(metrics_cfg)}, {count:,} samples)"
+    return f"{figures} ({features_name(metrics_cfg)}, {count:,} samples{asked}{against and f'; {against}'})"
+
+
+def reference(metrics_cfg: config.Metrics, dataset: ImageSet | None, of_class: int | None = None) -> str:
+    """What samples are scored against, in words: 'against the 183 images of class 3 in digits, 8 pixels'.
+
+    And what the features' network resizes both to, where it does. `dataset` and `of_class` as for `score`.
+    """
+    size, note = FEATURES[metrics_cfg.features][2], ""
+    if size is not None:
+        note = f", both resized to {size} pixels (bilinear, as TensorFlow 1)"
+    elif dataset is not None and dataset.resolution > MAX_SIZE:
+        note = f", both shrunk to {MAX_SIZE} pixels (area)"
+    if metrics_cfg.reference is not None:
+        return f"against the statistics in {metrics_cfg.reference}{note}"
+    own = dataset if of_class is None else OfClass(dataset, of_class)
+    which = dataset.path or getattr(dataset.source, "path", None) or dataset.name
+    if of_class is not None:
+        which = f"{class_name(of_class, dataset.classes)} in {which}"
+    size = f"{dataset.resolution} pixels" + (f" ({dataset.resize})" if dataset.resize else "")
+    return f"against the {len(own):,} images of {which}, {size}{note}"
 
 
 def better(new: dict[str, float], old: dict[str, float]) -> bool:
@@ -69,6 +95,7 @@ def score(
     device: str | torch.device,
     batch_size: int = 64,
     log: Log = print,
+    of_class: int | None = None,  # against the training images of this class alone
 ) -> dict[str, float]:
     """Scores samples against the training set, or against `metrics.reference` where that is set (fid alone).
 
@@ -79,6 +106,7 @@ def score(
     """
     device = torch.device(device)
     check_samples(samples, dataset)
+    own = reference_images(dataset, metrics_cfg, of_class)
     features, reference = metrics_cfg.features, metrics_cfg.reference
     if reference is not None and (features != "inception" or list(metrics_cfg.scores) != ["fid"]):
         raise ScoreError(
@@ -104,16 +132,48 @@ def score(
         }
         if reference is not None:
             return {"fid": fid_to_statistics(options, reference)}
-        remove_damaged(cache / "fidelity", f"{key}-{identity}", log)
+        name = f"{key}-{identity}" if of_class is None else f"{key}-class{of_class}-{identity}"
+        remove_damaged(cache / "fidelity", name, log)
         result = torch_fidelity.calculate_metrics(
             **options,
             **{name: True for name in metrics_cfg.scores},
-            input2=FidelityImages(dataset, rgb),
-            input2_cache_name=f"{key}-{identity}",
+            input2=FidelityImages(own, rgb),
+            input2_cache_name=name,
             cache_root=str(cache / "fidelity"),
-            kid_subset_size=min(1000, len(samples), len(dataset)),
+            kid_subset_size=min(1000, len(samples), len(own)),
         )
     return {ours: float(result[theirs]) for name in metrics_cfg.scores for ours, theirs in KEYS[name].items()}
+
+
+class OfClass:
+    """The images of one class in a labelled ImageSet."""
+
+    def __init__(self, dataset: ImageSet, of_class: int) -> None:
+        self.dataset = dataset
+        self.rows = (torch.as_tensor(dataset.labels).cpu() == of_class).nonzero().flatten()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, C, H, W) for int64 (B,) indices."""
+        return fetch(self.dataset, self.rows[indices.cpu()])
+
+
+def reference_images(dataset: ImageSet | None, metrics_cfg: config.Metrics, of_class: int | None) -> Images:
+    """What samples are compared with: the dataset, or its images of a class. Raises ScoreError where it has none."""
+    if of_class is None:
+        return dataset
+    whole, name = "leave out --class, or --calc_fid", class_name(of_class, dataset and dataset.classes)
+    if metrics_cfg.reference is not None:
+        why = f"{metrics_cfg.reference} holds the statistics of all classes together"
+        raise ScoreError(f"{name} alone has no reference: {why}; set metrics.reference=null, or {whole}")
+    if dataset.labels is None:
+        raise ScoreError(f"{name} alone has no reference: the training set {dataset.name} has no labels; {whole}")
+    own = OfClass(dataset, of_class)
+    if len(own) < 10:
+        raise ScoreError(f"{len(own)} training images of {name} are too few to score against: {whole}")
+    return own
 
 
 def check_samples(samples: Images, dataset: ImageSet | None) -> None:

@@ -53,7 +53,7 @@ def refuse(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
     for name in names:
         value = getattr(args, name)
         if value is not None and value is not False:  # 0 is a class
-            option = "class" if name == "class_index" else name.replace("_", "-")
+            option = {"class_index": "class", "search": "search-sigmas"}.get(name, name)
             raise ConfigError(f"--{option}: {reason}")
 
 
@@ -75,25 +75,31 @@ def trained_model(args: argparse.Namespace, cfg: Config, device: torch.device) -
 def chosen_levels(
     args: argparse.Namespace, cfg: Config, steps: int | None = None, rank: int = 0
 ) -> tuple[list[float], str]:
-    """(noise levels, solver) for `steps` or --steps: --sigmas, else what --search-sigmas found, else the config's."""
+    """(levels, solver) for `steps` or --steps: --sigmas or --times, else what a search found, else the config's."""
     from sampling import plan, search
 
-    steps = steps or args.steps or 1
+    steps, clock, top = steps or args.steps or 1, plan.clock(cfg), plan.highest_level(cfg)
+    name = plan.LEVELS[clock]
     planned, solver = plan.plan(cfg, steps)
+    if clock == "time" and args.sigmas is not None:
+        raise ConfigError("--sigmas: a flow map is told times from 1 (noise) to 0 (data); give --times, as 1,0.5")
+    if clock == "sigma" and args.times is not None:
+        raise ConfigError("--times: is for flow maps; this network is told noise levels: give --sigmas, as 80,0.8")
     if solver == "heun" and args.steps:
-        raise ConfigError("--steps: this config samples by Heun's method; set sample.heun_steps, or give --sigmas")
-    top = cfg.network.sigma_max
-    if args.sigmas is None:
-        store = search.store(args.ckpt)
-        found = search.found(store, steps, top) if solver != "heun" and steps > 1 else None
+        raise ConfigError(f"--steps: this config samples by Heun's method; set sample.heun_steps, or give --{name}")
+    given = args.sigmas or args.times
+    if given is None:
+        store = search.store(args.ckpt, clock)
+        found = search.found(store, steps, top, solver) if solver != "heun" and steps > 1 else None
         if found and rank == 0:
-            print(f"{steps} steps: levels {found['sigmas']} of {store} ({search.describe(found)})")
-        return (found["sigmas"] if found else planned), solver
-    if any(a <= b for a, b in itertools.pairwise(args.sigmas)) or min(args.sigmas) <= 0:
-        raise ConfigError(f"--sigmas: {args.sigmas} must descend and be above 0")
-    if args.sigmas[0] > top:
-        raise ConfigError(f"--sigmas: {args.sigmas[0]} is above network.sigma_max ({top}), which the network never saw")
-    return args.sigmas, "multistep" if solver == "heun" else solver
+            print(f"{steps} steps: levels {found[name]} of {store} ({search.describe(found)})")
+        return (found[name] if found else planned), solver
+    if any(a <= b for a, b in itertools.pairwise(given)) or min(given) <= 0:
+        raise ConfigError(f"--{name}: {given} must descend and be above 0")
+    if given[0] > top:
+        above = f"network.sigma_max ({top}), which the network never saw" if clock == "sigma" else "1, which is noise"
+        raise ConfigError(f"--{name}: {given[0]} is above {above}")
+    return given, {"sigma": "multistep", "time": "jumps"}[clock] if solver == "heun" else solver
 
 
 def chosen_labels(args: argparse.Namespace, num: int, codec: ImageCodec) -> torch.Tensor | None:
@@ -102,14 +108,30 @@ def chosen_labels(args: argparse.Namespace, num: int, codec: ImageCodec) -> torc
 
     from sources.images import draw_labels
 
-    classes = codec.network_shape["label_dim"]
-    if args.class_index is None:
-        return draw_labels(args.seed, range(num), codec.class_counts) if classes else None
+    chosen = chosen_class(args, codec)
+    if chosen is not None:
+        return torch.full((num,), chosen)
+    labelled = codec.network_shape["label_dim"] > 0
+    return draw_labels(args.seed, range(num), codec.class_counts) if labelled else None
+
+
+def chosen_class(args: argparse.Namespace, codec: ImageCodec) -> int | None:
+    """The class that --class asks for by name or by number, or None. A name that is another's number is a name."""
+    from metrics.common import class_name
+
+    text, classes = args.class_index, codec.network_shape.get("label_dim", 0)
+    if text is None:
+        return None
     if not classes:
         raise ConfigError("--class: this network was trained without labels; train one with data.conditional: true")
-    if args.class_index >= classes:
-        raise ConfigError(f"--class: {args.class_index} is no class of this network; it has 0 to {classes - 1}")
-    return torch.full((num,), args.class_index)
+    names = codec.classes or []
+    number = names.index(text) if text in names else int(text) if text.isdecimal() and len(text) < 10 else classes
+    if number >= classes:
+        named = f", by name {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
+        raise ConfigError(f"--class: {text} is no class of this network; it has 0 to {classes - 1}{named}")
+    if codec.class_counts is not None and codec.class_counts[number] == 0:
+        raise ConfigError(f"--class: {class_name(number, names)} had no training images: the network never saw it")
+    return number
 
 
 def new_folder(args: argparse.Namespace, cfg: Config) -> Path:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 import networks
+import sampler
+from metrics.common import class_name
 from objectives.draws import sample_noise
-from sampler import guided, heun, multistep
+from sampling.plan import LEVELS
 
 
 @dataclass
@@ -22,11 +24,13 @@ class Drawing:
     model: networks.Preconditioner
     seed: int
     num: int
-    sigmas: list[float]
+    levels: list[float]  # sigmas, or a flow map's times
     solver: str
     given: torch.Tensor | None = None  # what each is asked for: classes, int64 (num,), or conditions, float32 (num, K)
     batch: int = 256
     guidance: float | None = None
+    interval: list[float] | None = None  # of t, where the network is told its guidance
+    of_class: int | None = None  # the one class that all are asked for
     drawn: int = 0
     seconds: float = 0.0
 
@@ -34,7 +38,7 @@ class Drawing:
         """Samples start..stop on the CPU: uint8 images (N, C, H, W), or vectors, float32 (N, ...)."""
         started = time.perf_counter()
         given = None if self.given is None else self.given[start:stop]
-        how = (self.sigmas, self.solver, given, self.batch, self.guidance)
+        how = (self.levels, self.solver, given, self.batch, self.guidance, self.interval)
         batches = generate(self.model, self.seed, range(start, stop), *how)
         samples = torch.cat([self.model.codec.from_model(x).cpu() for x in batches])
         self.drawn, self.seconds = self.drawn + len(samples), self.seconds + time.perf_counter() - started
@@ -49,11 +53,18 @@ class Drawing:
     @property
     def nfe(self) -> int:
         """Evaluations of the network per sample."""
-        return 2 * len(self.sigmas) - 1 if self.solver == "heun" else len(self.sigmas)
+        return 2 * len(self.levels) - 1 if self.solver == "heun" else len(self.levels)
 
     def told(self, things: str) -> str:
         """What was drawn, in words; things: "samples" or "vectors"."""
-        return f"{self.num:,} {things}, {self.nfe} evaluations each, seed {self.seed}"
+        return f"{self.num:,} {things}, {self.nfe} evaluations each, seed {self.seed}{self.asked()}"
+
+    def asked(self) -> str:
+        """What the samples were asked for beside their number, in words, after a comma: ", class 3, guidance 2"."""
+        words = [] if self.of_class is None else [class_name(self.of_class, self.model.codec.classes)]
+        words += [] if self.guidance is None else [f"guidance {self.guidance:g}"]
+        words += [] if self.interval is None else [f"in t from {self.interval[0]:g} to {self.interval[1]:g}"]
+        return "".join(f", {word}" for word in words)
 
     def speed(self) -> str:
         """Samples a second, in words."""
@@ -66,8 +77,14 @@ class Drawing:
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         labels = None if self.given is None else hashlib.sha256(self.given.numpy().tobytes()).hexdigest()[:16]
         weights = digest.hexdigest()[:16]
-        own = {name: getattr(self, name) for name in ("seed", "num", "sigmas", "solver")}
-        return {"weights": weights, **own, "labels": labels, "guidance": self.guidance, "format": format}
+        own = {
+            "seed": self.seed,
+            "num": self.num,
+            LEVELS[getattr(self.model, "clock", "sigma")]: self.levels,
+            "solver": self.solver,
+        }
+        told = {"guidance": self.guidance} | ({} if self.interval is None else {"interval": self.interval})
+        return {"weights": weights, **own, "labels": labels, **told, "format": format}
 
 
 class Stream:
@@ -102,27 +119,32 @@ def generate(
     model: torch.nn.Module,  # networks.Preconditioner, in eval mode
     seed: int,
     indices: Sequence[int],  # which samples of this seed
-    sigmas: Sequence[float],  # noise levels, descending; see multistep and heun
-    solver: str = "multistep",  # or "heun"
+    levels: Sequence[float],  # sigmas or times, descending; see sampler
+    solver: str = "multistep",  # or "heun"; of a flow map "jumps", "renoise" or "heun"
     given: torch.Tensor | None = None,  # (len(indices), ...): what each is asked for, as model.codec.told takes it
     batch_size: int = 256,
-    guidance: float | None = None,  # see guided
+    guidance: float | None = None,  # see sampler.guided
+    interval: Sequence[float] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Batches (B, *model.shape) of float32, by `indices`' order, of which model.codec.from_model makes samples.
 
     Sample i of a seed starts from the same noise, whatever batch, device or process it is drawn in.
     """
     device = next(model.parameters()).device
-    denoiser, shape = guided(model, guidance), model.shape
+    own_model, shape = sampler.guided(model, guidance, interval), model.shape
     for start in range(0, len(indices), batch_size):
         own = indices[start : start + batch_size]
         z = sample_noise(seed, own, shape).to(device)
         conditions = {} if given is None else model.codec.told(given[start : start + batch_size], z)
         if solver == "heun":
-            yield heun(denoiser, z, sigmas, **conditions)
+            solve = sampler.heun if getattr(model, "clock", "sigma") == "sigma" else sampler.flow_heun
+            yield solve(own_model, z, levels, **conditions)
             continue
 
         def noise_at(i: int, own: Sequence[int] = own) -> torch.Tensor:
             return sample_noise(seed, own, shape, f"step {i}").to(device)
 
-        yield multistep(denoiser, z, sigmas, noise_at, model.sigma_min, **conditions)
+        if solver == "multistep":
+            yield sampler.multistep(own_model, z, levels, noise_at, model.sigma_min, **conditions)
+        else:
+            yield sampler.jumps(own_model, z, levels, noise_at if solver == "renoise" else None, **conditions)

@@ -1,9 +1,10 @@
 """Zero-shot editing: samples that keep given linear coordinates of a reference image (2303.01469 algorithm 4).
 
     known = edit(model, x, *inpainting(mask), sigmas, z)  # any model(x, sigma, **conditions) -> clean data
+    known = edit(to_data(flow_map), x, *inpainting(mask), times, z, clock="time")
 
-Sampling is sampler.multistep's: sigmas are descending noise levels, all of them evaluated; z is N(0, 1); `noise_at` and
-the other settings (sigma_min, conditions) go to it as they are.
+Sampling is sampler.multistep's: sigmas are descending noise levels (or times), all of them evaluated; z is N(0, 1);
+`noise_at` and the other settings (sigma_min, clock, conditions) go to it as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from sampler import Model, NoiseAt, multistep
+from sampler import Model, NoiseAt, multistep, shares
 
 GREY = (0.2989, 0.5870, 0.1140)  # red, green and blue in grey, as 2303.01469 and OpenAI's code have it
 
@@ -34,7 +35,7 @@ def edit(
     """Clean data (B, ...) with the reference's known coordinates, not clamped: multistep sampling, put right each step.
 
     It starts at sigmas[0] z, as OpenAI's code does. The paper starts at y + sigmas[0] z, with y = visible(...): that
-    is z + y / sigmas[0] here, the same at sigma 80, and better where the first level is low.
+    is `under(z, y, sigmas[0])` in place of z, the same at sigma 80, and better where the first level is low.
     """
     known_mask = known_mask.to(z.device)
     kept = A(reference)
@@ -119,12 +120,23 @@ def stroke(
     **settings: Any,
 ) -> torch.Tensor:
     """Data that looks like the drawing from afar: multistep sampling from drawing + sigmas[0] z (SDEdit 2108.01073)."""
-    return multistep(model, z + drawing / sigmas[0], sigmas, noise_at, **settings)
+    z = under(z, drawing, sigmas[0], settings.get("clock", "sigma"))
+    return multistep(model, z, sigmas, noise_at, **settings)
 
 
 def denoise(model: Model, noisy: torch.Tensor, sigmas: Sequence[float], **settings: Any) -> torch.Tensor:
-    """Clean data: multistep sampling from the noisy data itself, clean data + sigmas[0] times white noise (B, ...)."""
-    return multistep(model, noisy / sigmas[0], sigmas, **settings)
+    """Clean data: multistep sampling from the noisy data itself, clean data + s times white noise (B, ...).
+
+    s is sigmas[0]; in the clock "time", t / (1 - t) of the first time t.
+    """
+    nothing = torch.zeros_like(noisy)
+    return multistep(model, under(nothing, noisy, sigmas[0], settings.get("clock", "sigma")), sigmas, **settings)
+
+
+def under(z: torch.Tensor, x: torch.Tensor, level: float, clock: str = "sigma") -> torch.Tensor:
+    """The z from which sampling starts at x + sigma z, or (1 - t) x + t z in the clock "time"."""
+    of_data, of_noise = shares(level, clock)
+    return z + x * (of_data / of_noise)
 
 
 def noise_level(x: torch.Tensor) -> torch.Tensor:

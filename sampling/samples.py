@@ -10,6 +10,7 @@ A new kind of data is one class here: the commands and the trainer ask the two f
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -50,13 +51,13 @@ class ImageSamples:
         """
         choices.refuse(args, ["conditions"], "is for models of vectors; --class asks an image model for a class")
         usual = cfg.metrics.num if args.calc_fid or args.sweep else 64
-        num = args.num or (min(cfg.metrics.num, 5000) if args.search_sigmas else usual)
+        num = args.num or (min(cfg.metrics.num, 5000) if args.search else usual)
         format = args.format or ("npz" if args.calc_fid or num > GRID else "grid")
         return num, choices.chosen_labels(args, num, self.codec), format
 
     def needs_set(self, args: argparse.Namespace, cfg: Config) -> bool:
         """Whether the training set is needed; not where metrics.reference holds all that is asked for."""
-        scored = args.calc_fid or args.search_sigmas or args.sweep
+        scored = args.calc_fid or args.search or args.sweep
         return bool(args.nearest or (scored and cfg.metrics.reference is None))
 
     def training_set(self, cfg: Config) -> ImageSet:
@@ -76,12 +77,17 @@ class ImageSamples:
 
     def given_for_grid(self, dataset: ImageSet, seed: int, count: int) -> Given:
         """The classes in turn, int64 (count,), for `write_grid`; None without."""
-        classes = self.codec.network_shape["label_dim"]
-        return torch.arange(count) % classes if classes else None
+        classes = self.classes_shown()
+        return torch.tensor(classes)[torch.arange(count) % len(classes)] if classes else None
+
+    def classes_shown(self) -> list[int]:
+        """The classes that the network has seen images of: a column of a grid each."""
+        counts = self.codec.class_counts or [1] * self.codec.network_shape["label_dim"]
+        return [number for number, images in enumerate(counts) if images]
 
     def write_grid(self, samples: torch.Tensor, given: Given, path: Path) -> tuple[Path, torch.Tensor | None]:
         """Write a grid, a column for each of up to 20 classes; (its path, the picture, uint8 (3, H, W))."""
-        classes = 0 if given is None else self.codec.network_shape["label_dim"]
+        classes = 0 if given is None else len(self.classes_shown())
         picture = pictures.grid(samples, classes if 1 < classes <= 20 else None)
         pictures.write_png(picture, path.with_suffix(".png"))
         return path.with_suffix(".png"), picture
@@ -100,33 +106,61 @@ class ImageSamples:
             pictures.to_pil(image).save(part / f"{i:06d}.png")
         part.rename(path)
 
+    def write_labels(self, drawing: Drawing, out: Path, format: str) -> None:
+        """The classes of single images as EDM's dataset.json: the folder `samples` is a dataset, and so is its zip."""
+        if format != "png" or drawing.given is None:
+            return
+        folders = (shards.path(out, i - i % shards.SHARD, format).name for i in range(drawing.num))
+        labels = [[f"{folder}/{i:06d}.png", int(drawing.given[i])] for i, folder in enumerate(folders)]
+        content = json.dumps({"labels": labels}).encode()
+        write_atomically(out / "samples" / "dataset.json", lambda file: file.write(content))
+
     def kept(self, drawing: Drawing, out: Path, format: str, cfg: Config) -> Any:
-        """All samples, read from their shards or drawn when they are read; a grid of the first goes into `out`."""
+        """All samples, read from their shards or drawn when they are read; and a grid of the first.
+
+        It lies in `out`, beside the folder where this has single images: other programs score all that it holds.
+        """
         if format != "grid":
             images = read_images(out, cfg, self.codec.network_shape["channels"])
         else:
             images = drawing.draw(0, drawing.num) if drawing.num <= GRID else drawing.stream()
-        self.write_grid(scores.fetch(images, torch.arange(min(drawing.num, GRID))), None, out / "grid")
+        grid = out / "grid" if format != "png" else out.with_name(f"{out.name}-grid")
+        if format != "png" or not grid.with_suffix(".png").exists():  # of something else
+            self.write_grid(scores.fetch(images, torch.arange(min(drawing.num, GRID))), None, grid)
         return images
 
     # Scores ----
 
     def score(
-        self, samples: Any, given: Given, dataset: Any, cfg: Config, device: torch.device, log: Callable = print
-    ) -> dict[str, float]:
+        self, samples: Any, given: Given, dataset: Any, cfg: Config, device: torch.device, log: Callable = print,
+        of_class: int | None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """The figures that the config asks for. samples: a tensor, or images read piece by piece.
 
-        dataset: the training set; None is enough where metrics.reference is set. Raises metrics.scores.ScoreError.
+        dataset: the training set; None is enough where metrics.reference is set. of_class: the one that all samples
+        are of, whose images they are compared with. Raises metrics.scores.ScoreError.
         """
-        return scores.score(samples, dataset, cfg.metrics, cfg.data.dir, device, log=log)
+        return scores.score(samples, dataset, cfg.metrics, cfg.data.dir, device, log=log, of_class=of_class)
+
+    def check_reference(self, dataset: ImageSet | None, cfg: Config, of_class: int) -> None:
+        """ConfigError where the training set has no images that samples of this class can be compared with."""
+        try:
+            scores.reference_images(dataset, cfg.metrics, of_class)
+        except scores.ScoreError as error:
+            raise ConfigError(f"--class: {error}") from None
+        here, there = (names[of_class] if names else None for names in (dataset.classes, self.codec.classes))
+        if here and there and here != there:
+            what = f"is {there} in the checkpoint and {here} in the training set"
+            raise ConfigError(f"--class: class {of_class} {what}; give the data that it was trained on")
 
     def to_score(self, num: int, dataset: ImageSet | None) -> int:
         """How many of `num` samples a score takes, with this training set."""
         return num
 
-    def describe(self, found: dict[str, float], cfg: Config, num: int) -> str:
-        """The scores of `num` samples in words."""
-        return scores.describe(found, cfg.metrics, num)
+    def describe(self, found: dict[str, float], cfg: Config, num: int, dataset: Any, drawing: Drawing) -> str:
+        """The scores of `num` samples of a drawing in words; dataset as for `score`."""
+        against = scores.reference(cfg.metrics, dataset, drawing.of_class)
+        return scores.describe(found, cfg.metrics, num, drawing.asked(), against)
 
 
 @dataclass
@@ -140,7 +174,7 @@ class VectorSamples:
 
     def asked(self, args: argparse.Namespace, cfg: Config, training_set: Callable[[], Any]) -> tuple[int, Given, str]:
         """Conditions are the rows of --conditions in turn, or drawn from the training set's."""
-        images_only = ["nearest", "search_sigmas", "sweep", "class_index"]
+        images_only = ["nearest", "search", "sweep", "class_index"]
         choices.refuse(args, images_only, f"is for images, and {args.ckpt} makes vectors")
         if args.format not in (None, "npz"):
             raise ConfigError(f"--format: {args.format} is for images; vectors are written as npz")
@@ -184,20 +218,24 @@ class VectorSamples:
     def write(self, samples: torch.Tensor, given: Given, start: int, path: Path) -> None:
         write_atomically(path, lambda file: vectors.write(samples, given, file))
 
+    def write_labels(self, drawing: Drawing, out: Path, format: str) -> None:
+        """Conditions are in the npz."""
+
     def kept(self, drawing: Drawing, out: Path, format: str, cfg: Config) -> torch.Tensor:
         files = (shards.path(out, start, format) for start in range(0, drawing.num, shards.SHARD))
         return torch.cat([torch.from_numpy(np.load(file)["vectors"]) for file in files])
 
     def score(
-        self, samples: Any, given: Given, dataset: Any, cfg: Config, device: torch.device, log: Callable = print
-    ) -> dict[str, float]:
+        self, samples: Any, given: Given, dataset: Any, cfg: Config, device: torch.device, log: Callable = print,
+        of_class: None = None,
+    ) -> dict[str, float]:  # fmt: skip
         """The distance to the training set, {"w2", "w2_of_data"}."""
         return distance.score(samples, given, dataset, self.codec)
 
     def to_score(self, num: int, dataset: VectorSet) -> int:
         return distance.to_score(num, dataset)
 
-    def describe(self, found: dict[str, float], cfg: Config, num: int) -> str:
+    def describe(self, found: dict[str, float], cfg: Config, num: int, dataset: VectorSet, drawing: Drawing) -> str:
         return distance.describe(found, num)
 
 

@@ -1,4 +1,4 @@
-"""Which noise levels sample best, and what more steps bring: generate.py's --search-sigmas and --sweep."""
+"""Which noise levels or times sample best, and what more steps bring: generate.py's --search-sigmas and --sweep."""
 
 from __future__ import annotations
 
@@ -29,27 +29,31 @@ def search(
     The drawing's seed and number of samples are those of every trial, so that trials compare. path: the store that
     `found` reads. step: the checkpoint's.
     """
+    clock = plan.clock(cfg)
+    levels = plan.LEVELS[clock]
     if drawing.solver == "heun":
-        raise ConfigError("--search-sigmas: this config samples by Heun's method; set sample.solver=multistep")
+        raise ConfigError(f"--search-{levels}: {_not_by_heun(clock)}")
     name = next((name for name in ("fid", "kid") if name in cfg.metrics.scores), None)
     if name is None:
         raise ConfigError(f"metrics.scores: {cfg.metrics.scores} holds neither fid nor kid, which the search lowers")
     settings = cfg.metrics.model_copy(update={"scores": [name]})
 
-    def score(sigmas: list[float]) -> float:
-        images = replace(drawing, sigmas=sigmas).stream()
-        value = scores.score(images, dataset, settings, cfg.data.dir, device)[name]
-        print(f"  {value:10.4g}   {_short(sigmas)}", flush=True)
+    def score(tried: list[float]) -> float:
+        images = replace(drawing, levels=tried).stream()
+        value = scores.score(images, dataset, settings, cfg.data.dir, device, of_class=drawing.of_class)[name]
+        print(f"  {value:10.4g}   {_short(tried)}", flush=True)
         return value
 
-    print(f"{drawing.num:,} samples a trial, seed {drawing.seed}; {scores.features_name(settings)}")
+    how = f"{scores.features_name(settings)}, {scores.reference(settings, dataset, drawing.of_class)}"
+    print(f"{drawing.num:,} samples a trial, seed {drawing.seed}{drawing.asked()}; {how}")
     print(f"  {name:>10}   levels")
-    n = cfg.network
-    score([n.sigma_max])
-    for sigmas, value in sampler.search_levels(score, steps, n.sigma_max, plan.lowest_level(cfg)):
-        entry = {"sigmas": sigmas, name: value, "features": scores.features_name(settings), "samples": drawing.num}
-        remember(path, len(sigmas), {**entry, "seed": drawing.seed, "step": step})
-        print(f"--steps {len(sigmas)}: {_short(sigmas)}: {name} {value:.4g}, kept in {path}", flush=True)
+    top = plan.highest_level(cfg)
+    score([top])
+    for found, value in sampler.search_levels(score, steps, top, plan.lowest_level(cfg), clock=clock):
+        entry = {levels: found, name: value, "features": scores.features_name(settings), "samples": drawing.num}
+        entry |= {"seed": drawing.seed, "step": step} | ({"solver": drawing.solver} if clock == "time" else {})
+        remember(path, len(found), entry)
+        print(f"--steps {len(found)}: {_short(found)}: {name} {value:.4g}, kept in {path}", flush=True)
 
 
 def sweep(
@@ -57,42 +61,51 @@ def sweep(
 ) -> None:
     """Score with each number of steps; a table, and a plot of the first score, the picture `path`.
 
-    plans: steps -> (noise levels, solver).
+    plans: steps -> (levels, solver).
     """
     if drawing.solver == "heun":
-        raise ConfigError("--sweep: this config samples by Heun's method; set sample.solver=multistep")
+        raise ConfigError(f"--sweep: {_not_by_heun(plan.clock(cfg))}")
     rows: dict[int, dict[str, float]] = {}
-    for steps, (sigmas, solver) in plans.items():
-        trial = replace(drawing, sigmas=sigmas, solver=solver)
-        rows[steps] = scores.score(trial.stream(), dataset, cfg.metrics, cfg.data.dir, device)
+    how = f"{scores.features_name(cfg.metrics)}, {scores.reference(cfg.metrics, dataset, drawing.of_class)}"
+    print(f"{drawing.num:,} samples, seed {drawing.seed}{drawing.asked()}; {how}")
+    for steps, (levels, solver) in plans.items():
+        trial = replace(drawing, levels=levels, solver=solver)
+        rows[steps] = scores.score(
+            trial.stream(), dataset, cfg.metrics, cfg.data.dir, device, of_class=drawing.of_class
+        )
         if len(rows) == 1:
             print("steps" + "".join(f"{name:>11}" for name in rows[steps]) + "   levels")
         values = "".join(f"{value:11.4g}" for value in rows[steps].values())
-        print(f"{steps:5}{values}   {_short(sigmas)}  ({trial.speed()})", flush=True)
+        print(f"{steps:5}{values}   {_short(levels)}  ({trial.speed()})", flush=True)
     name = next(iter(rows[steps]))
-    title = f"{name} ({scores.features_name(cfg.metrics)}, {drawing.num:,} samples)"
+    title = f"{name} ({scores.features_name(cfg.metrics)}, {drawing.num:,} samples{drawing.asked()})"
     values = [row[name] for row in rows.values()]
     pictures.write_png(pictures.plot(list(rows), values, "evaluations of the network for a sample", title), path)
     print(f"written: {path}")
 
 
-# sigmas.json in the run folder: {"2": {"sigmas": [80.0, 0.83], "fid": ..., "step": ...}, ...} ----
+def _not_by_heun(clock: str) -> str:
+    solver = {"sigma": "multistep", "time": "jumps"}[clock]
+    return f"this config samples by Heun's method; set sample.solver={solver}"
 
 
-def store(ckpt: str) -> Path:
-    """sigmas.json of the run that a checkpoint belongs to."""
+# sigmas.json in the run folder: {"2": {"sigmas": [80.0, 0.83], "fid": ..., "step": ...}, ...}; of a flow map times.json
+
+
+def store(ckpt: str, clock: str = "sigma") -> Path:
+    """sigmas.json (clock "time": times.json) of the run that a checkpoint belongs to."""
     folder = Path(ckpt).parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "sigmas.json"
+    return (folder.parent if folder.name == "checkpoints" else folder) / f"{plan.LEVELS[clock]}.json"
 
 
-def found(path: Path, steps: int, sigma_max: float) -> dict[str, Any] | None:
-    """What a search found for `steps` evaluations, or None. Raises ConfigError for a store that makes no sense."""
+def found(path: Path, steps: int, top: float, solver: str = "multistep") -> dict[str, Any] | None:
+    """What a search found for `steps` evaluations by `solver`, or None. ConfigError for a store that makes no sense."""
     entry = _read(path).get(str(steps))
-    if entry is None:
+    if entry is None or (isinstance(entry, dict) and entry.get("solver", solver) != solver):
         return None
-    sigmas = entry.get("sigmas") if isinstance(entry, dict) else None
-    numbers = isinstance(sigmas, list) and all(type(s) in (int, float) for s in sigmas) and len(sigmas) == steps
-    if not numbers or sigmas != sorted(set(sigmas), reverse=True) or not 0 < sigmas[-1] <= sigmas[0] <= sigma_max:
+    levels = entry.get(path.stem) if isinstance(entry, dict) else None
+    numbers = isinstance(levels, list) and all(type(s) in (int, float) for s in levels) and len(levels) == steps
+    if not numbers or levels != sorted(set(levels), reverse=True) or not 0 < levels[-1] <= levels[0] <= top:
         raise ConfigError(f"{path}: the levels for {steps} steps make no sense here; search again or delete the file")
     return entry
 
@@ -116,8 +129,8 @@ def _read(path: Path) -> dict[str, Any]:
         entries = json.loads(path.read_text()) if path.exists() else {}
         if isinstance(entries, dict) and all(key.isdecimal() for key in entries):
             return entries
-    raise ConfigError(f"{path}: is no list of noise levels; delete it, and search again")
+    raise ConfigError(f"{path}: is no list of levels; delete it, and search again")
 
 
-def _short(sigmas: list[float]) -> str:
-    return ", ".join(f"{sigma:.4g}" for sigma in sigmas)
+def _short(levels: list[float]) -> str:
+    return ", ".join(f"{level:.4g}" for level in levels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -60,5 +61,6 @@ def finished(out: Path) -> Path:
     manifest = read_manifest(out)
     if lacking := missing(out, manifest):
         lack = f"{len(lacking) * SHARD:,} of its {manifest['num']:,} samples"
-        raise ConfigError(f"{out}: lacks up to {lack}: finish it first, by the same command with --out {out}")
+        again = shlex.quote(str(out))
+        raise ConfigError(f"{out}: lacks up to {lack}: finish it first, by the same command with --out {again}")
     return out / "samples"

@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 
 import data
 from config import Config, ConfigError
-from networks import Preconditioner
+from networks import FlowMap, Preconditioner
 from objectives.draws import sample_noise
-from sampler import karras_sigmas
+from sampler import guided, karras_sigmas, shares, to_data
 from sampling import choices, editing, plan
 from sources.files import SUFFIXES, BrokenImage, Files
 from sources.images import fit_channels, fit_resolution
@@ -30,8 +30,9 @@ class Problem:
     image: torch.Tensor  # uint8 (C, R, R), the input
     seen: torch.Tensor  # uint8 (C, R, R), what an edit sees of it
     x: torch.Tensor  # (1, C, R, R) in [-1, 1], where it is edited
-    sigmas: list[float]  # descending noise levels, one for each evaluation
+    levels: list[float]  # descending noise levels, or a flow map's times, one for each evaluation
     constraint: editing.Constraint | None  # what is kept of x; None where nothing is exact
+    mask: torch.Tensor | None = None  # uint8 (C, R, R), white where to fill in
 
 
 def input_files(args: argparse.Namespace) -> list[Path]:
@@ -82,11 +83,12 @@ def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: 
     if small:
         image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     x = data.to_float(image[None]).to(next(model.parameters()).device)
-    sigmas = noise_levels(args, cfg, x, path, steps)
+    levels = chosen_levels(args, cfg, x, path, steps)
 
-    constraint, seen = None, image
+    constraint, seen, covered = None, image, None
     if args.task == "inpaint":
-        constraint = editing.inpainting(~mask(args.mask, size, resolution))
+        fill = mask(args.mask, size, resolution)
+        constraint, covered = editing.inpainting(~fill), (fill * 255).to(torch.uint8).expand_as(image)
     elif args.task == "colorize":
         constraint = editing.colorisation()
     elif args.task == "superres":
@@ -97,16 +99,30 @@ def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: 
         seen = data.to_uint8(editing.visible(x, constraint))[0].cpu()
     elif args.task == "stroke":  # under the noise of the first result
         noise = sample_noise(args.seed, [0], x.shape[1:])
-        seen = data.to_uint8(x.cpu() + sigmas[0] * noise)[0]
-    return Problem(path.stem, image, seen, x, sigmas, constraint)
+        of_data, of_noise = shares(levels[0], model.clock)
+        seen = data.to_uint8(of_data * x.cpu() + of_noise * noise)[0]
+    return Problem(path.stem, image, seen, x, levels, constraint, covered)
 
 
-def noise_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: Path, steps: int) -> list[float]:
-    """Descending, an evaluation each: --sigmas, or even `steps` down the Karras grid from where the task starts."""
-    if args.sigmas is not None:
+def chosen_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: Path, steps: int) -> list[float]:
+    """Descending, an evaluation each: --sigmas or --times, or even `steps` from where the task starts: down the Karras
+    grid, or in time."""
+    if args.sigmas is not None or args.times is not None:
         return choices.chosen_levels(args, cfg)[0]
-    low, high = plan.lowest_level(cfg), cfg.network.sigma_max
-    start = high
+    start = noise_level(args, cfg, x, path)
+    if plan.clock(cfg) == "time":
+        first = 1.0 if start is None else start / (1 + start)
+        return [first * (1 - i / steps) for i in range(steps)]
+    start = cfg.network.sigma_max if start is None else start
+    return karras_sigmas(steps + 1, plan.lowest_level(cfg), start)[:-1].tolist()
+
+
+def noise_level(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: Path) -> float | None:
+    """The noise, beside data in [-1, 1], under which the task hides its input; None where there is nothing but noise.
+
+    A flow map's time t has t / (1 - t) of it.
+    """
+    low, high, start = getattr(cfg.objective, "t_prime", cfg.network.sigma_min), cfg.network.sigma_max, None
     if args.sigma is not None:
         if not low < args.sigma <= high:
             raise ConfigError(f"--sigma: {args.sigma} is outside what the network was trained for ({low} to {high})")
@@ -119,12 +135,13 @@ def noise_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: P
         # 2303.01469's level for strokes at 256 pixels. Noise of a level hides more of a smaller picture; below
         # sigma_data it hides little of any.
         start = min(max(5.38 * x.shape[-1] / 256, cfg.network.sigma_data), high)
-    return karras_sigmas(steps + 1, low, start)[:-1].tolist()
+    return start
 
 
 def solve(
-    args: argparse.Namespace, problems: list[Problem], model: Preconditioner, num: int, classes: torch.Tensor | None
-) -> torch.Tensor:
+    args: argparse.Namespace, cfg: Config, problems: list[Problem], model: Preconditioner | FlowMap, num: int,
+    classes: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """The results (num, C, R, R), float32 in [-1, 1]. Result i of a seed has the same noise whatever the input.
 
     problems: one, or two to interpolate between; classes: int64 (num,).
@@ -136,20 +153,26 @@ def solve(
     def noise(stream: str) -> torch.Tensor:
         return sample_noise(args.seed, [0] if together else range(num), shape, stream).to(device)
 
-    settings: dict[str, Any] = {"sigma_min": model.sigma_min, **model.codec.told(classes, first.x)}
+    settings: dict[str, Any] = {"clock": model.clock, **model.codec.told(classes, first.x)}
+    own_model = guided(model, cfg.sample.guidance, cfg.sample.interval)
+    if model.clock == "time":
+        own_model = to_data(own_model)
+    else:
+        settings["sigma_min"] = model.sigma_min
     settings["noise_at"] = lambda i: noise(f"step {i}").expand(num, *shape)
     if first.constraint:
         # Algorithm 4 starts at y + sigma z, y what is seen of the input: it matters where the first level is low.
-        z = noise("start") + editing.visible(first.x, first.constraint) / first.sigmas[0]
-        x = editing.edit(model, first.x, *first.constraint, first.sigmas, z, **settings)
+        seen = editing.visible(first.x, first.constraint)
+        z = editing.under(noise("start"), seen, first.levels[0], model.clock)
+        x = editing.edit(own_model, first.x, *first.constraint, first.levels, z, **settings)
     elif args.task == "stroke":
-        x = editing.stroke(model, first.x, first.sigmas, noise("start"), **settings)
+        x = editing.stroke(own_model, first.x, first.levels, noise("start"), **settings)
     elif args.task == "denoise":
-        x = editing.denoise(model, first.x.expand(num, *shape), first.sigmas, **settings)
+        x = editing.denoise(own_model, first.x.expand(num, *shape), first.levels, **settings)
     else:  # interpolate
         z = sample_noise(args.seed, [0, 1], shape).to(device)
         weights = torch.linspace(0, 1, num, device=device)
-        x = editing.interpolate(model, first.x, problems[1].x, weights, first.sigmas, z, **settings)
+        x = editing.interpolate(own_model, first.x, problems[1].x, weights, first.levels, z, **settings)
     return x.clamp(-1, 1)
 
 
@@ -224,8 +247,8 @@ def painted(path: Path) -> tuple[torch.Tensor, str]:
         pixels = np.asarray(image, np.float64)
         return torch.from_numpy(pixels > pixels.max() / 2), "white is filled in"
     red, green, blue, alpha = np.moveaxis(np.asarray(image.convert("RGBA")).astype(np.int32), 2, 0)
-    if alpha.min() < 255:
-        return torch.from_numpy(alpha > 0), "a drawing on a transparent ground: all strokes are filled in"
+    if alpha.min() < 255:  # erased, if only in part
+        return torch.from_numpy(alpha < max(alpha.max(), 1)), "what is transparent is filled in"
     rgb = np.stack([red, green, blue])
     if (rgb.max(0) - rgb.min(0)).max() <= 32:  # only greys, with room for JPEG's colour errors
         threshold = 127 if green.max() > 1 else 0  # masks of zeros and ones are common

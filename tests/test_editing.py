@@ -222,7 +222,8 @@ def test_inpaint_writes_results_and_a_strip(runs, photo, tmp_path, capsys):
         assert np.array_equal(result[:, 3:], pixels(photo)[:, 3:])
         assert np.abs(result[:, :3] - pixels(photo)[:, :3]).mean() > 10
     assert not np.array_equal(results[0], results[1])
-    first, seen, *shown = tiles(out / "photo_strip.png")
+    first, mask, seen, *shown = tiles(out / "photo_strip.png")
+    assert (mask[:, :3] == 255).all() and (mask[:, 3:] == 0).all()  # as it was read
     assert np.array_equal(first, pixels(photo)) and np.array_equal(seen[:, 3:], pixels(photo)[:, 3:])
     assert np.ptp(seen[:, :3]) == 0  # the hole
     assert np.array_equal(shown, results)
@@ -333,9 +334,10 @@ def drawings():
     """Mask files for a 16 x 16 input whose left half is to be filled in, in the ways that people make them."""
     left = np.zeros((16, 16), bool)
     left[:, :8] = True
-    transparent, plain = np.zeros((16, 16, 4)), np.full((16, 16, 3), (40, 90, 200))
+    erased, plain = np.full((16, 16, 4), (120, 60, 200, 255)), np.full((16, 16, 3), (40, 90, 200))
+    soft = erased.copy()
     stripes = left & (np.arange(16) % 2 == 0)  # each of the model's pixels holds some of it
-    transparent[left] = 10, 10, 10, 200
+    erased[left], soft[stripes] = 0, (120, 60, 200, 128)  # a photo whose left is erased, at once or by a soft rubber
     plain[stripes] = 255, 0, 0
     return {
         "white.png": 255.0 * left,
@@ -344,7 +346,8 @@ def drawings():
         "rgb.png": np.repeat(255.0 * left[..., None], 3, 2),
         "model_size.png": 255.0 * left[::2, ::2],
         "larger.png": np.kron(255 * left, np.ones((3, 3))),
-        "transparent.png": transparent,
+        "erased.png": erased,
+        "soft.png": soft,
         "plain.png": plain,
         "stripes.png": 255.0 * stripes,
     }
@@ -392,7 +395,11 @@ def test_input_and_mask_are_upright(turn, size, tmp_path):
             ["--input", "photo.png", "--mask", "white.png"],
             "white.png (white is filled in) covers everything",
         ),
-        ("inpaint", ["--input", "photo.png", "--mask", "clear.png"], "covers nothing"),
+        (
+            "inpaint",
+            ["--input", "photo.png", "--mask", "clear.png"],
+            "(what is transparent is filled in) covers everything",
+        ),
         ("inpaint", ["--input", "photo.png", "--mask", "3,3,3,5"], "3,3,3,5 (box) covers nothing"),
         ("inpaint", ["--input", "photo.png", "--mask", "0,0,80,80"], "0,0,80,80 (box) covers everything"),
         ("inpaint", ["--input", "photo.png", "--mask", "0,0,8"], "--mask: 0,0,8 is no box"),

@@ -71,10 +71,10 @@ def test_own_network_beside_modules_of_ones_own(tmp_path):
 
 def test_points_2d(tmp_path):
     said = quick(ROOT / "examples" / "points_2d.py", "--out", tmp_path)
-    rows = re.findall(r"\| (\w[\w ]*) \| (CT|iCT|ECT|sCT) \| ([\d.]+) \|", said)
-    assert len(rows) == 12 and all(0 < float(w) < 2 for _, _, w in rows)
+    rows = re.findall(r"\| (\w[\w ]*) \| (CT|iCT|ECT|sCT|MeanFlow|SoFlow) \| ([\d.]+) \|", said)
+    assert len(rows) == 18 and all(0 < float(w) < 2 for _, _, w in rows)
     with Image.open(tmp_path / "points_2d.png") as image:
-        assert image.width == 6 * 236 and image.height == 3 * 256
+        assert image.width == 8 * 236 and image.height == 3 * 256
 
 
 def test_policy(tmp_path):
