@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,20 @@ import torch.nn.functional as F
 
 from config import ConfigError
 from objectives.draws import key
-from sources import arrays, files, vectors
+from sources import arrays, files, finding, vectors
 from sources.codecs import to_float, to_uint8  # noqa: F401  # kept at the top: pixels to [-1, 1], and back
 from sources.images import ImageSet, from_files, in_memory
+from sources.labels import unused
 from sources.vectors import VectorSet
+
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 def load(data_cfg: Any) -> ImageSet | VectorSet:
     """The training split that the config's `data` section names: images, or the vectors of an npz.
 
-    data_cfg: an object with name, dir, path, resolution, channels, conditional, on_broken and memory_gb.
+    data_cfg: an object with name, dir, path, resolution, channels, conditional, on_broken, memory_gb and white_level.
+    `said()` of the dataset are the lines that tell what was read, `facts()` the same for a program.
     Raises ConfigError: what is missing or wrong and what to do, in one line.
     """
     if data_cfg.name not in DATASETS:
@@ -40,12 +45,16 @@ def load(data_cfg: Any) -> ImageSet | VectorSet:
     dataset = DATASETS[data_cfg.name](data_cfg)
     if isinstance(dataset, VectorSet):
         return dataset
+    if data_cfg.white_level and dataset.source is None:
+        raise ConfigError(f"data.white_level: is for files of images, and data.name is {data_cfg.name}; set it to null")
     dataset.conditional = data_cfg.conditional
     if dataset.conditional and dataset.labels is None:
         raise ConfigError(
             f"data.conditional: {data_cfg.name} {data_cfg.path or ''} has no labels; add them (a folder: one subfolder "
             "per class; a zip: dataset.json; an npz: an array `labels`) or set data.conditional: false"
         )
+    if dataset.files is not None:
+        files.check_headers(dataset.files)
     return dataset
 
 
@@ -105,11 +114,16 @@ def _started(loader: Any) -> Iterator[Any]:
     """iter(loader), with signals held back until the new processes ignore them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    of_children = signal.getsignal(signal.SIGCHLD)
     try:
         return iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler raises wherever the program is when one dies, in the middle of a step; without it, that is
+            # noticed when the next batch is waited for.
+            signal.signal(signal.SIGCHLD, of_children)
 
 
 @atexit.register
@@ -122,7 +136,7 @@ def _end_workers() -> None:
 
 def ignore_signals(worker: int) -> None:
     """Clusters and Ctrl-C signal a whole group of processes: the main one decides, and needs these to end its step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -166,21 +180,29 @@ _IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte
 
 
 def mnist(cfg: Any, kind: str = "MNIST") -> ImageSet:
-    """60,000 handwritten digits, 28x28 grey padded to 32x32, 10 classes."""
+    """60,000 handwritten digits, 28x28 grey, 10 classes; padded with black to data.resolution, 32 unless it is set.
+
+    28 is the set as it is; below that, and above 32, the digits padded to 32 are resized.
+    """
     raw = _torchvision(cfg, kind, _IDX)
-    images = F.pad(raw.data[:, None], (2, 2, 2, 2))  # 28 to 32: black, as the background is
-    return in_memory(cfg, images, raw.targets, 10)
+    images, size = raw.data[:, None], cfg.resolution
+    side = size if size and 28 <= size <= 32 else 32
+    before = (side - 28) // 2
+    images = F.pad(images, (before, side - 28 - before, before, side - 28 - before))
+    classes = [name.split(" - ")[0] for name in raw.classes]  # "0 - zero"
+    return in_memory(cfg, images, raw.targets, 10, classes, "padded from 28x28" if side > 28 else None)
 
 
 def fashion_mnist(cfg: Any) -> ImageSet:
-    """60,000 pieces of clothing, 28x28 grey padded to 32x32, 10 classes."""
+    """60,000 pieces of clothing, 28x28 grey, 10 classes; padded as mnist is."""
     return mnist(cfg, "FashionMNIST")
 
 
 def cifar10(cfg: Any, num_classes: int = 10) -> ImageSet:
     """50,000 photographs, 32x32 colour, 10 classes."""
     raw = _torchvision(cfg, f"CIFAR{num_classes}", f"cifar-{num_classes}-python.tar.gz")
-    return in_memory(cfg, torch.from_numpy(raw.data).permute(0, 3, 1, 2), raw.targets, num_classes)
+    images = torch.from_numpy(raw.data).permute(0, 3, 1, 2)
+    return in_memory(cfg, images, raw.targets, num_classes, getattr(raw, "classes", ()))
 
 
 def cifar100(cfg: Any) -> ImageSet:
@@ -197,23 +219,22 @@ def _given_path(cfg: Any, folder: bool) -> str:
     if not os.path.exists(path):
         raise ConfigError(f"data.path: {path} does not exist; set it to {what}")
     if folder != os.path.isdir(path):
-        other = "folder" if os.path.isdir(path) else "npz" if path.endswith(".npz") else "zip"
-        raise ConfigError(f"data.path: {path} is not {what}; correct it, or set data.name: {other}")
+        kinds = {".npz": "npz", ".npy": "npz", ".zip": "zip"}
+        other = "folder" if os.path.isdir(path) else kinds.get(os.path.splitext(path)[1].lower())
+        advice = f"correct it, or set data.name: {other}" if other else f"what can be read: {arrays.READ}"
+        raise ConfigError(f"data.path: {path} is not {what}; {advice}")
     if not folder and not os.path.isfile(path):
         raise ConfigError(f"data.path: {path} is not a regular file; set it to {what}")
     return path
 
 
 def folder(cfg: Any) -> ImageSet:
-    """A tree of images. Where all lie in subfolders, the top ones are the classes, numbered in sorted order."""
-    path = _given_path(cfg, folder=True)
-    names = list(files.walk(path))
-    tops = [name.split("/")[0] for name in names if "/" in name]
-    number = {top: i for i, top in enumerate(sorted(set(tops)))}
-    labels = [number[top] for top in tops] if len(tops) == len(names) else None
-    return from_files(
-        cfg, files.Files(path, names, zipped=False, on_broken=cfg.on_broken), labels, len(number) if labels else 0
-    )
+    """A tree of images. Where all lie in subfolders, the top ones are the classes, numbered in sorted order.
+
+    A dataset.json, as in EDM's zips, goes before the subfolders.
+    """
+    found, labelled = finding.in_folder(_given_path(cfg, folder=True), cfg.on_broken, cfg.conditional)
+    return from_files(cfg, found, *labelled)
 
 
 # Super-class -> its classes' places among ImageNet-1k's sorted class folders
@@ -233,34 +254,46 @@ IMAGENET9 = {
 def imagenet9(cfg: Any) -> ImageSet:
     """Nine super-classes, 42 classes of ImageNet-1k's train folder; label 0 is dog, 8 insect, as in IMAGENET9."""
     path = _given_path(cfg, folder=True)
-    classes = [entry.name for entry in files.entries(path) if entry.is_dir(follow_symlinks=False)]
+    classes = [entry.name for entry in finding.entries(path) if entry.is_dir()]
     if len(classes) != 1000:
         raise ConfigError(
             f"data.path: {path} has {len(classes)} class folders; ImageNet-1k's train folder, which imagenet9 is read "
             "from, has 1000 (n01440764 to n15075141)"
         )
     label_of = {classes[place]: label for label, places in enumerate(IMAGENET9.values()) for place in places}
-    names = [name for folder_name in sorted(label_of) for name in files.walk(path, folder_name)]
-    labels = [label_of[name.split("/")[0]] for name in names]
-    return from_files(cfg, files.Files(path, names, zipped=False, on_broken=cfg.on_broken), labels, len(IMAGENET9))
+    walk = finding.Walk(path)
+    names = [name for folder_name in sorted(label_of) for name in walk.names(folder_name)]
+    labels = np.array([label_of[name.split("/")[0]] for name in names], np.int64)
+    found = files.Files(path, names, zipped=False, on_broken=cfg.on_broken, left_out=walk.left_out)
+    return from_files(cfg, found, labels, list(IMAGENET9))
 
 
 def zip_(cfg: Any) -> ImageSet:
     """EDM's format: images and, if labelled, dataset.json: {"labels": [["00000/img0.png", 6], ...]}, or null."""
-    found, labels = files.in_zip(_given_path(cfg, folder=False), cfg.on_broken)
-    return from_files(cfg, found, labels, max(labels) + 1 if labels else 0)
+    found, labelled = finding.in_zip(_given_path(cfg, folder=False), cfg.on_broken, cfg.conditional)
+    return from_files(cfg, found, *labelled)
 
 
 def npz(cfg: Any) -> ImageSet | VectorSet:
-    """An array `images` (or arr_0), uint8, NHWC or NCHW or NHW, and optional integer `labels` (or arr_1) (N,).
+    """An array `images`, uint8, NHWC or NCHW or NHW, and optional `labels`, integers (N,) or (N, 1) or one-hot (N, K).
 
-    Or an array `vectors` of floats: see vectors.from_arrays.
+    They may also be called arr_0 and arr_1, train_images and train_labels (MedMNIST) or x_train and y_train (Keras). Or
+    an array `vectors` of floats: see vectors.from_arrays. An npy holds images or vectors alone.
     """
     path = _given_path(cfg, folder=False)
     found = arrays.read(path, cfg.memory_gb * 2**30)
     if found["vectors"] is not None:
         return vectors.from_arrays(cfg, path, found)
-    return in_memory(cfg, *arrays.images_in(path, found))
+    images, left_out = arrays.images_in(path, found), {}
+    try:
+        labelled = arrays.labels_in(path, found)
+    except ConfigError as error:
+        if cfg.conditional:
+            raise
+        labelled, left_out = (None, 0), {unused(error): 1}
+    dataset = in_memory(cfg, images, *labelled)
+    dataset.left_out = left_out
+    return dataset
 
 
 # What data.name can be -> its function, of the same name

@@ -32,30 +32,33 @@ def flip(images: torch.Tensor, flags: torch.Tensor, dim: int = 3) -> torch.Tenso
     return torch.where(flags[:, None, None, None], images.flip(dim), images)
 
 
-def augment(images: torch.Tensor, p: float, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transform images (B, C, H, W), float in [-1, 1], each way with probability p.
+def augment(images: torch.Tensor, p: float, draws: Draws, upright: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transform images (B, C, H, W), float in [-1, 1], each way with probability p; upright: none is turned.
 
     Runs on the images' device without waiting for it, and is a pure function of `draws` (on the same device). Returns
     images as given in shape and dtype (they may overshoot [-1, 1] a little), and labels (B, 9), float32.
     """
     if p == 0:
         return images, torch.zeros(len(images), AUGMENT_DIM, device=images.device)
-    numbers = draw(p, draws)
+    numbers = draw(p, draws, upright)
     return transform(images, numbers), labels(numbers)
 
 
-def draw(p: float, draws: Draws) -> torch.Tensor:
+def draw(p: float, draws: Draws, upright: bool = False) -> torch.Tensor:
     """The random numbers a0..a7 of table 6, (B, 8) float32; zeros transform nothing.
 
     a0, a1: mirror in x (each image with probability 1/2) and in y; a2: scale; a3: angle; a4, a5: angle and amount of
     stretching; a6, a7: translation in x and y. All but a0 are kept with probability p. Half of the stretches are along
-    the image's own axes (a4 = 0): the table does not say so, the published models were trained so.
+    the image's own axes (a4 = 0): the table does not say so, the published models were trained so. upright: a1 and a3
+    are 0, as in MeanFlow's and SoFlow's code.
     """
     rows = draws.count
     signs = draws.integers(2, (rows, 2)).float()
     angles = (2 * draws.uniform((rows, 2)) - 1) * math.pi
     normal = draws.normal((rows, 4))
     mirror_y, scale, rotate, stretch, translate = (draws.uniform((rows, 5)) < p).float().unbind(1)
+    if upright:
+        mirror_y, rotate = torch.zeros_like(mirror_y), torch.zeros_like(rotate)
     slanted = (draws.uniform((rows,)) < 0.5).float()
     kept = [torch.ones_like(scale), mirror_y, scale, rotate, stretch * slanted, stretch, translate, translate]
     return torch.cat([signs, normal[:, :1], angles, normal[:, 1:]], dim=1) * torch.stack(kept, dim=1)

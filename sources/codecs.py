@@ -43,15 +43,20 @@ class ImageCodec(torch.nn.Module):
         class_counts: list[int] | None = None,  # training images of each class, where there are labels
         flip: bool = False,  # mirror half of a training batch
         augment: float = 0.0,  # probability of each transformation of a training batch
+        classes: list[str] | None = None,  # the names of the classes that the network is told
+        facts: dict[str, Any] | None = None,  # what it is trained on: facts.identity
+        upright: bool = False,  # whether augmentation leaves out rotation and the mirror upside down
     ):
         super().__init__()
         sizes = {"resolution": resolution, "channels": channels, "label_dim": label_dim, "augment_dim": augment_dim}
         self.network_shape: dict[str, Any] = sizes
         self.class_counts, self.flip, self.augment = class_counts, flip, augment
+        self.classes, self.facts, self.upright = classes, facts, upright
 
     def state(self) -> dict[str, Any]:
-        """What makes the same codec again, in plain numbers and lists."""
-        return {"shape": self.network_shape, "class_counts": self.class_counts, "scaling": None}
+        """What makes the same codec again, in plain numbers, strings and lists."""
+        known = {"classes": self.classes, "data": self.facts}
+        return {"shape": self.network_shape, "class_counts": self.class_counts, "scaling": None, **known}
 
     def to_model(
         self, values: torch.Tensor, given: torch.Tensor | None, draws: Draws, dtype: torch.dtype = torch.float32
@@ -64,7 +69,7 @@ class ImageCodec(torch.nn.Module):
         x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
         conditions = self.told(given, x)
         if self.augment:
-            x, conditions["augment_labels"] = augment(x, self.augment, draws)
+            x, conditions["augment_labels"] = augment(x, self.augment, draws, self.upright)
         return x, conditions
 
     def told(self, given: torch.Tensor | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -85,7 +90,8 @@ class VectorCodec(torch.nn.Module):
     """
 
     kind = "vectors"
-    class_counts = None
+    class_counts = classes = None
+    facts: dict[str, Any] | None = None  # what the model is trained on: facts.identity
 
     def __init__(self, sigma_data: float, bounds: str | None = None, **tensors: Any):
         """tensors: mean, std, condition_mean, condition_std, low, high; numbers in any container, or None."""
@@ -126,7 +132,8 @@ class VectorCodec(torch.nn.Module):
         """What makes the same codec again, in plain numbers and lists."""
         tensors = {name: None if b is None else b.tolist() for name, b in self._buffers.items()}
         scaling = {"sigma_data": self.sigma_data, "bounds": self.bounds, **tensors}
-        return {"shape": self.network_shape, "class_counts": None, "scaling": scaling}
+        known = {"classes": None, "data": self.facts}
+        return {"shape": self.network_shape, "class_counts": None, "scaling": scaling, **known}
 
     def to_model(
         self, values: torch.Tensor, given: torch.Tensor | None, draws: Draws, dtype: torch.dtype = torch.float32
@@ -168,5 +175,8 @@ class VectorCodec(torch.nn.Module):
 def codec_from(data: dict[str, Any]) -> ImageCodec | VectorCodec:
     """The codec of `state()`, for sampling: it neither flips nor augments. Errors are those of a wrong argument."""
     if scaling := data.get("scaling"):
-        return VectorCodec(**scaling)
-    return ImageCodec(**data["shape"], class_counts=data["class_counts"])
+        codec = VectorCodec(**scaling)
+        codec.facts = data.get("data")
+        return codec
+    known = {"classes": data.get("classes"), "facts": data.get("data")}  # which older checkpoints lack
+    return ImageCodec(**data["shape"], class_counts=data["class_counts"], **known)

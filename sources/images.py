@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
 from config import ConfigError
 from objectives.draws import key
+from sources import facts
 from sources.augment import AUGMENT_DIM
 from sources.codecs import ImageCodec
-from sources.files import SUFFIXES, Files, decoded, settle
+from sources.files import SUFFIXES, Files, decoded, not_square, settle, square
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,12 @@ class ImageSet:
     files: Files | None = None
     conditional: bool = True  # False: the labels are for scores, and samples are not asked for by class
     reported: set[str] = field(default_factory=set)  # broken files that have been named already
+    classes: list[str] = field(default_factory=list)  # their names; none: "0", "1", ...
+    path: str | None = None  # of the file that arrays were read from
+    source: Files | None = None  # where the images were decoded from, whether when they are read or before
+    resize: str | None = None  # what was done to their size, in words
+    left_out: dict[str, int] = field(default_factory=dict)  # what was not read, beside what `source` knows
+    known: dict[str, Any] | None = None  # facts(), once they were asked for
 
     def __len__(self) -> int:
         return len(self.files.names) if self.images is None else len(self.images)
@@ -74,12 +82,51 @@ class ImageSet:
                 log.warning("%s; the next image is read in its place", message)
         return images, None if self.labels is None else self.labels[used]
 
+    @property
+    def class_names(self) -> list[str]:
+        """A name for each class, no two the same."""
+        names = self.classes or [str(i) for i in range(self.num_classes)]
+        return [name if names.index(name) == i else f"{name} ({i})" for i, name in enumerate(names)]
+
+    def facts(self) -> dict[str, Any]:
+        """What was read, in plain numbers and strings: name, from, count, size, channels, resize, classes {name:
+        images of it} or None, left_out {reason: count}, given, fingerprint. The fingerprint is of the labels too where
+        the network is told them.
+        """
+        self.known = self.known or self._facts()
+        return self.known
+
+    def _facts(self) -> dict[str, Any]:
+        labels = self.labels if self.conditional else None
+        source, counts = self.source, None
+        if self.labels is not None:
+            counts = torch.bincount(self.labels, minlength=self.num_classes).tolist()
+        left_out = {**self.left_out, **(source.left_out if source else {})}
+        return {
+            "name": self.name,
+            "from": source.path if source else self.path or self.name,
+            "count": len(self),
+            "size": [self.resolution, self.resolution],
+            "channels": self.channels,
+            "resize": self.resize,
+            "classes": None if counts is None else dict(zip(self.class_names, counts, strict=False)),
+            "left_out": {what: count for what, count in sorted(left_out.items()) if count > 0},
+            "given": "no labels" if labels is None and counts is None else None,
+            "fingerprint": facts.of_files(source, labels) if source else facts.of_tensors(self.images, labels),
+        }
+
+    def said(self) -> list[str]:
+        """The line that a run begins with, and a warning where the images use little of their range."""
+        warning = facts.range_warning(self)
+        return [facts.told(self.facts(), "images"), *([warning] if warning else [])]
+
     def codec(self, cfg: Any) -> ImageCodec:
         """Between these images and a model that a Config asks for, by its data.conditional, flip and augment."""
         label_dim = self.num_classes if cfg.data.conditional else 0
         counts = torch.bincount(self.labels, minlength=label_dim).tolist() if label_dim else None
         sizes = (self.resolution, self.channels, label_dim, AUGMENT_DIM if cfg.data.augment else 0)
-        return ImageCodec(*sizes, counts, cfg.data.flip, cfg.data.augment)
+        known = (self.class_names if label_dim else None, facts.identity(self.facts()))
+        return ImageCodec(*sizes, counts, cfg.data.flip, cfg.data.augment, *known, cfg.data.upright)
 
     def draw_given(self, seed: int, indices: Sequence[int]) -> torch.Tensor | None:
         """A class for each sample, int64 (len(indices),), as often as in the training set; by (seed, index) alone."""
@@ -98,20 +145,39 @@ def draw_labels(seed: int, indices: Sequence[int], class_counts: Sequence[int]) 
 # Made from pixels or files, as the config's `data` section (cfg) says ------------------------------------------------
 
 
-def in_memory(cfg: Any, images: torch.Tensor, labels: Any, num_classes: int) -> ImageSet:
-    """uint8 images (N, C, H, W) at the config's size and channels; labels: N integers, or None and num_classes 0."""
-    images = fit_channels(fit_resolution(images, cfg.resolution), cfg.channels)
-    return ImageSet(
-        cfg.name, num_classes, None if labels is None else torch.as_tensor(labels, dtype=torch.int64), images
-    )
+def in_memory(
+    cfg: Any,
+    images: torch.Tensor,  # uint8 (N, C, H, W)
+    labels: Any,  # N integers, or None and num_classes 0
+    num_classes: int,
+    classes: Sequence[str] = (),  # their names, if they have any
+    resize: str | None = None,  # what was done to the images already, in words
+) -> ImageSet:
+    """The images at the config's size and channels. Raises ConfigError where they are not square and none is given."""
+    height, width = images.shape[2:]
+    if cfg.resolution is None and height != width:
+        raise not_square(cfg.path or cfg.name, width, height)
+    images = fit_resolution(fit_channels(images, cfg.channels), cfg.resolution)
+    done = [part for part in (resize, facts.sizes([(width, height)], images.shape[3])) if part]
+    numbers = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    more = {"classes": list(classes), "path": cfg.path, "resize": ", ".join(done) or None}
+    return ImageSet(cfg.name, num_classes, numbers, images, **more)
 
 
-def from_files(cfg: Any, files: Files, labels: list[int] | None, num_classes: int) -> ImageSet:
+def from_files(cfg: Any, files: Files, labels: np.ndarray | None, classes: Sequence[str]) -> ImageSet:
     """Settle size and channels, then decode all, where they fit in data.memory_gb, or none. Raises ConfigError."""
     if not files.names:
-        raise ConfigError(f"data.path: {files.path} holds no images ({', '.join(SUFFIXES)}); give the path of some")
+        held = ", ".join(f"{count:,} {what}" for what, count in sorted(files.left_out.items()))
+        held = f"; it holds {held}" if held else ""
+        raise ConfigError(
+            f"data.path: {files.path} holds no images ({', '.join(SUFFIXES)}){held}; give the path of some"
+        )
+    files.white = cfg.white_level
     settle(files, cfg.resolution, cfg.channels)
-    dataset = ImageSet(cfg.name, num_classes, None if labels is None else torch.tensor(labels), files=files)
+    numbers = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    resize = facts.sizes(files.sizes, files.resolution)
+    more = {"classes": list(classes), "source": files, "resize": resize}
+    dataset = ImageSet(cfg.name, len(classes), numbers, files=files, **more)
     if len(files.names) * files.channels * files.resolution**2 > cfg.memory_gb * 2**30:
         return dataset
     images, kept = decoded(files, cfg.dir)
@@ -126,18 +192,24 @@ def fit_channels(images: torch.Tensor, channels: int | None) -> torch.Tensor:
         return images
     if channels == 3:
         return images.expand(-1, 3, -1, -1).contiguous()
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    return torch.cat([(part * weights).sum(1, keepdim=True).round().to(torch.uint8) for part in images.split(4096)])
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(1, 3, 1, 1)  # of 65536
+    parts = [(part * weights).sum(1, keepdim=True, dtype=torch.int32) for part in images.split(4096)]
+    return torch.cat([((part + 32768) >> 16).to(torch.uint8) for part in parts])
 
 
 def fit_resolution(images: torch.Tensor, resolution: int | None) -> torch.Tensor:
-    """uint8 (N, C, H, W), centre-cropped to a square and resized: area means down, bicubic up. None: cropped only."""
+    """uint8 (N, C, H, W), cropped to the central square and resized as files are: PIL's Lanczos, antialiased.
+
+    None: cropped only.
+    """
     height, width = images.shape[2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     images = images[:, :, top : top + side, left : left + side]
-    if resolution is None or resolution == side:
+    if resolution in (None, side):
         return images.contiguous()
-    how = {"mode": "area"} if resolution < side else {"mode": "bicubic", "align_corners": False}
-    parts = [F.interpolate(part.float(), size=(resolution, resolution), **how) for part in images.split(4096)]
-    return torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+    fitted = np.empty((len(images), images.shape[1], resolution, resolution), np.uint8)
+    for row, image in enumerate(images):
+        for channel, plane in enumerate(image.contiguous().numpy()):
+            fitted[row, channel] = square(Image.fromarray(plane), resolution)
+    return torch.from_numpy(fitted)

@@ -17,6 +17,7 @@ import torch
 
 from config import ConfigError
 from objectives.draws import key
+from sources import facts
 from sources.codecs import VectorCodec
 
 
@@ -29,6 +30,7 @@ class VectorSet:
     conditions: torch.Tensor | None = None  # float32 (N, K), in their own units
     low: torch.Tensor | None = None  # float32 (*shape): the range that samples must not leave, as a robot's torque
     high: torch.Tensor | None = None
+    path: str | None = None  # where they were read
     files = None  # nothing is read later: see data.batches
 
     def __len__(self) -> int:
@@ -57,7 +59,28 @@ class VectorSet:
     def codec(self, cfg: Any) -> VectorCodec:
         """The normalisation of these vectors that a Config asks for: its network.sigma_data and data.bounds."""
         how = (cfg.network.sigma_data, cfg.data.bounds)
-        return VectorCodec.fit(self.values, self.conditions, *how, self.low, self.high)
+        codec = VectorCodec.fit(self.values, self.conditions, *how, self.low, self.high)
+        codec.facts = facts.identity(self.facts())
+        return codec
+
+    def facts(self) -> dict[str, Any]:
+        """What was read: as images.ImageSet.facts; the size is that of a vector."""
+        return {
+            "name": self.name,
+            "from": self.path or self.name,
+            "count": len(self),
+            "size": list(self.shape),
+            "channels": None,
+            "resize": None,
+            "classes": None,
+            "left_out": {},
+            "given": f"conditions of {self.condition_dim}" if self.condition_dim else "no conditions",
+            "fingerprint": facts.of_tensors(self.values, self.conditions),
+        }
+
+    def said(self) -> list[str]:
+        """The line that a run begins with."""
+        return [facts.told(self.facts(), "vectors")]
 
     def draw_given(self, seed: int, indices: Sequence[int]) -> torch.Tensor | None:
         """A row of the training set's conditions for each sample, (len(indices), K); by (seed, index) alone."""
@@ -76,8 +99,8 @@ def from_arrays(cfg: Any, path: str, arrays: dict[str, np.ndarray | None]) -> Ve
             raise ConfigError(f"data.{option}: is for images, and {path} holds vectors; set it to null")
     if cfg.flip or cfg.augment:
         raise ConfigError(f"data.{'flip' if cfg.flip else 'augment'}: is for images, and {path} holds vectors")
-    tensors = {name: None if a is None else _floats(f"{name} in {path}", a) for name, a in arrays.items()}
-    values, conditions, low, high = (tensors[name] for name in ("vectors", "conditions", "low", "high"))
+    found = [(name, arrays[name]) for name in ("vectors", "conditions", "low", "high")]
+    values, conditions, low, high = (None if a is None else _floats(f"{name} in {path}", a) for name, a in found)
     shape = tuple(values.shape)
     if values.ndim < 2 or values.numel() == 0:
         raise ConfigError(f"data.path: vectors in {path} are {shape}; they must be (N, D), or (N, ...), N > 0")
@@ -88,7 +111,7 @@ def from_arrays(cfg: Any, path: str, arrays: dict[str, np.ndarray | None]) -> Ve
         raise ConfigError(
             f"data.conditional: {path} has no array `conditions` (N, K); add it, or set data.conditional: false"
         )
-    dataset = VectorSet(cfg.name, values, conditions if cfg.conditional else None, low, high)
+    dataset = VectorSet(cfg.name, values, conditions if cfg.conditional else None, low, high, path)
     if cfg.bounds is None:
         return dataset
     if low is None or high is None:

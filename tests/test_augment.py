@@ -7,6 +7,7 @@ import torch
 
 from objectives.draws import Draws
 from sources import augment as pipe
+from sources.codecs import ImageCodec
 
 
 def smooth(count: int = 2, size: int = 32, channels: int = 3) -> torch.Tensor:
@@ -107,6 +108,16 @@ def test_how_often_and_how_far():
         assert abs(kept.std().item() - 1) < 0.05 and abs(kept.mean().item()) < 0.06
     assert a[:, 3].max() > 3.1 and a[:, 3].min() < -3.1
     assert torch.equal(a[:, 6] != 0, a[:, 7] != 0)  # one decision for both directions
+
+
+def test_upright_leaves_out_what_turns_an_image_and_changes_nothing_else():
+    whole, upright = pipe.draw(0.9, Draws(3, 50)), pipe.draw(0.9, Draws(3, 50), upright=True)
+    assert (whole[:, 1] != 0).any() and (whole[:, 3] != 0).any()
+    whole[:, [1, 3]] = 0
+    assert torch.equal(whole, upright)
+    codec = ImageCodec(8, 3, augment_dim=pipe.AUGMENT_DIM, augment=0.9, upright=True)
+    _, told = codec.to_model(torch.zeros(50, 3, 8, 8, dtype=torch.uint8), None, Draws(3, 50))
+    assert torch.equal(told["augment_labels"], pipe.labels(upright))
 
 
 def test_a_pure_function_of_the_draws_however_the_batch_is_split():

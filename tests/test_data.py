@@ -23,7 +23,7 @@ from PIL import Image
 import data
 from config import ConfigError, Data, parse
 from objectives.draws import Draws
-from sources import codecs, files
+from sources import codecs, files, finding
 from sources.augment import AUGMENT_DIM, augment
 from sources.images import ImageSet, draw_labels, fit_channels, fit_resolution
 
@@ -89,14 +89,15 @@ def test_flip_mirrors_the_flagged_images_left_to_right():
     assert torch.equal(out[0], images[0].flip(2)) and torch.equal(out[2, :, :, 0], images[2, :, :, -1])
 
 
-def test_grey_from_colour_is_pils_and_resizing_down_is_the_mean():
+def test_grey_from_colour_and_resizing_are_pils():
     images = torch.from_numpy(pixels(4)).permute(0, 3, 1, 2)
-    grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images.permute(0, 2, 3, 1).numpy()])
+    pictures = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy()]
     ours = fit_channels(images, 1)
-    assert (ours[:, 0].int() - torch.from_numpy(grey).int()).abs().max() <= 1
+    assert np.array_equal(ours[:, 0], [np.asarray(picture.convert("L")) for picture in pictures])
     assert torch.equal(fit_channels(ours, 3), ours.expand(-1, 3, -1, -1))
-    half = images.float().view(4, 3, 4, 2, 4, 2).mean((3, 5)).round().to(torch.uint8)
-    assert torch.equal(fit_resolution(images, 4), half)
+    for size in (3, 4, 11, 16):
+        there = [np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS)) for picture in pictures]
+        assert np.array_equal(fit_resolution(images, size).permute(0, 2, 3, 1), there)
     assert torch.equal(fit_resolution(images[:, :, 2:6], None), images[:, :, 2:6, 2:6])
 
 
@@ -132,7 +133,18 @@ def test_an_image_codec_goes_into_a_checkpoint_and_comes_back_without_augmentati
         "shape": {"resolution": 8, "channels": 1, "label_dim": 3, "augment_dim": 0},
         "class_counts": [2, 0, 3],
         "scaling": None,
+        "classes": ["0", "1", "2"],
+        "data": {
+            "count": 5,
+            "size": [8, 8],
+            "channels": 1,
+            "classes": ["0", "1", "2"],
+            "counts": [2, 0, 3],
+            "fingerprint": dataset.facts()["fingerprint"],
+        },
     }
+    older = {name: value for name, value in codec.state().items() if name not in ("classes", "data")}
+    assert codecs.codec_from(older).classes is None
     back = codecs.codec_from(codec.state())
     assert back.state() == codec.state() and not back.flip
     images = torch.from_numpy(pixels(4, channels=1)).permute(0, 3, 1, 2)
@@ -369,7 +381,7 @@ def test_imagenet9_wants_all_of_imagenets_class_folders(tmp_path):
     one_line(info, "data.path", "imagenet9")
 
 
-def test_links_to_files_are_read_links_to_folders_and_pipes_are_not(tmp_path):
+def test_links_are_read_loops_and_pipes_are_not(tmp_path):
     outside = tmp_path / "outside"
     write_folder(outside, {"a.png": encoded(pixels(1)[0])})
     root = tmp_path / "images"
@@ -380,7 +392,10 @@ def test_links_to_files_are_read_links_to_folders_and_pipes_are_not(tmp_path):
     (root / "endless.png").symlink_to("/dev/zero")
     (root / "gone.png").symlink_to(root / "nothing")
     os.mkfifo(root / "pipe.png")
-    assert len(data.load(settings(tmp_path))) == 1
+    dataset = data.load(settings(tmp_path))
+    assert len(dataset) == 2 and dataset.source.names == ["folder/a.png", "link.png"]
+    left_out = {"link to no file": 2, "no file": 1, "link to a folder above it": 1}
+    assert dataset.facts()["left_out"] == left_out
 
 
 @pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -426,8 +441,11 @@ def test_zip_without_labels(tmp_path, extra):
 def test_bad_label_files_are_named(tmp_path, labels):
     path = write_zip(tmp_path / "set.zip", {"a.png": encoded(pixels(1)[0]), "dataset.json": labels})
     with pytest.raises(ConfigError) as info:
-        data.load(settings(tmp_path, name="zip", path=path))
+        data.load(settings(tmp_path, name="zip", path=path, conditional=True))
     one_line(info, "dataset.json")
+    dataset = data.load(settings(tmp_path, name="zip", path=path))  # nobody uses them: they are not checked
+    (left_out,) = dataset.facts()["left_out"]
+    assert len(dataset) == 1 and dataset.labels is None and "dataset.json" in left_out
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW", "NHW"])
@@ -464,7 +482,7 @@ def test_bad_npz_is_named_and_never_unpickled(tmp_path, monkeypatch, arrays, wor
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(ConfigError) as info:
-        data.load(settings(tmp_path, name="npz", path="set.npz"))
+        data.load(settings(tmp_path, name="npz", path="set.npz", conditional="labels" in arrays))
     one_line(info, "set.npz", word)
     assert not (tmp_path / "harm").exists()
 
@@ -529,9 +547,8 @@ def test_images_unlike_the_first_need_a_setting(tmp_path):
     with pytest.raises(ConfigError) as info:
         data.load(settings(tmp_path))
     one_line(info, "data.resolution", "b.png")
-    lazy = data.load(settings(tmp_path, memory_gb=0.0))
-    with pytest.raises(ConfigError) as info:
-        take(lazy, 4, workers=1)
+    with pytest.raises(ConfigError) as info:  # before the first step
+        data.load(settings(tmp_path, memory_gb=0.0))
     one_line(info, "data.resolution", "b.png")
     assert data.load(settings(tmp_path, resolution=8)).images.shape == (2, 3, 8, 8)
     write_folder(tmp_path / "images", {"a.png": encoded(pixels(1, 8)[0][:4])})
@@ -673,7 +690,7 @@ def test_zip_bombs_and_odd_members_are_skipped_by_name(tmp_path, monkeypatch, ca
     messages = [record.getMessage() for record in caplog.records]
     for name, word in (("b.png", "unpacks to more"), ("c.png", "compression"), ("d.png", "encrypted")):
         assert any(name in message and word in message for message in messages), messages
-    monkeypatch.setattr(files, "MAX_JSON", 10)
+    monkeypatch.setattr(finding, "MAX_JSON", 10)
     path = write_zip(tmp_path / "json.zip", {"a.png": good, "dataset.json": b'{"labels": null     }'})
     with pytest.raises(ConfigError) as info:
         data.load(settings(tmp_path, name="zip", path=path))

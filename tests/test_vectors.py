@@ -231,7 +231,7 @@ def test_samples_never_leave_the_bounds(bounds):
         ),
         ({"vectors": ACTIONS}, {"resolution": 8}, r"data\.resolution: is for images"),
         ({"vectors": ACTIONS}, {"flip": True}, r"data\.flip: is for images"),
-        ({"actions": ACTIONS}, {}, r"holds no array named `images`, `arr_0` or `vectors`"),
+        ({"actions": ACTIONS}, {}, r"holds no array named `images`, .* or `vectors`.* It holds actions"),
     ],
 )
 def test_bad_data_are_one_line(arrays, changes, said, tmp_path):
@@ -328,7 +328,8 @@ def test_microbatches_of_vectors_give_the_gradient_of_the_whole_batch(tmp_path):
 
 
 def test_a_run_on_vectors_learns_and_scores(run, capsys):
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, *entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert (first["data"]["size"], first["data"]["classes"]) == ([2], None) and len(first["data"]["fingerprint"]) == 16
     assert entries[0]["w2"] > 0 if "w2" in entries[0] else entries[0]["loss"] > 0
     scores = entries[-1]
     assert 0 < 0.5 * scores["w2_of_data"] < scores["w2"] < 2 * scores["w2_of_data"]
