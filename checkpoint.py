@@ -6,6 +6,7 @@ from checkpoints import CheckpointError, load, load_model  # noqa: F401 (what sc
 
 if __name__ == "__main__":
     import convert
+    from config import command
 
-    print("checkpoint.py is now called convert.py: python convert.py import|export ...", file=sys.stderr)
+    print(f"checkpoint.py is now called convert.py: {command('convert.py', *sys.argv[1:])}", file=sys.stderr)
     sys.exit(convert.main())

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from checkpoints import CheckpointError, config_of, edm, load, model_from, openai, write_state
 from checkpoints.common import State
+from checkpoints.diffusers import from_diffusers
 from checkpoints.disk import write_atomically
 from checkpoints.export import EXPORTS, from_safetensors
-from config import Arguments, ConfigError, dump, exit_code, path_text
+from config import Arguments, ConfigError, command, dump, exit_code, path_text
 
 LEGACY_TORCH = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # how torch.save's files began before they were zips
 
@@ -23,8 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     """Convert as `argv` says. Exit code: 0 when done, 2 for bad input."""
     parser = Arguments(description="Read and write other people's checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", help="make a checkpoint of an EDM pickle, an OpenAI .pt or a safetensors file")
-    add.add_argument("source", type=path_text, metavar="SRC", help="the file to read; nothing in it is run")
+    formats = "EDM's or ECT's pickle, OpenAI's .pt, a diffusers folder or our safetensors"
+    add = commands.add_parser("import", help=f"make a checkpoint of {formats}")
+    add.add_argument("source", type=path_text, metavar="SRC", help="the file or folder; nothing in it is run")
     add.add_argument("target", type=path_text, metavar="DST", help="the checkpoint to write; its settings: DST.yml")
     told = "for OpenAI's files: image_size, num_head_channels, dropout, precond"
     add.add_argument("--arch", type=path_text, metavar="FILE.json", help=told)
@@ -50,10 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 def import_checkpoint(source: str | Path, target: str | Path, arch: str | Path | None = None) -> list[str]:
     """Write the network in `source` as a checkpoint of ours, `target`, and its settings beside it, `target`.yml.
 
-    source: an EDM pickle, an OpenAI .pt file (`arch`: a JSON file with what its weights do not tell), or a safetensors
-    file of ours. Both files must be new. Returns lines for the user. Raises CheckpointError.
+    source: EDM's or ECT's pickle, OpenAI's .pt file (`arch`: a JSON file with what its weights do not tell), diffusers'
+    folder, or a safetensors file of ours. Both files must be new. Returns lines for the user. Raises CheckpointError.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(os.path.expanduser(source)), Path(os.path.expanduser(target))
     settings = Path(f"{target}.yml")
     for path in (target, settings):
         if path.exists():
@@ -63,16 +65,20 @@ def import_checkpoint(source: str | Path, target: str | Path, arch: str | Path |
     state |= {"model": weights, "ema": [weights]}
     write_state(target, state)
     write_atomically(settings, lambda file: file.write(dump(config_of(state, source)).encode()))
-    return [*notes, f"written: {target}", f"written: {settings} (its settings, for generate.py --cfg)"]
+    sample = command("generate.py", "--cfg", settings, "--ckpt", target)
+    return [*notes, f"written: {target}", f"written: {settings} (its settings); sample with", f"  {sample}"]
 
 
 def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
     """The state in a file of another format, by what its first bytes say, and notes for the user."""
+    if any((path / name).exists() for name in ("config.json", "unet", "model_index.json")):
+        return from_diffusers(path)
     try:
         with open(path, "rb") as file:
             head = file.read(len(LEGACY_TORCH))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        folder = ", and no diffusers folder: it has no config.json" if path.is_dir() else ""
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}{folder}") from None
     if head.startswith(b"PK") or head == LEGACY_TORCH:
         return openai.read(path, arch)
     if arch is not None:
@@ -81,7 +87,7 @@ def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
         return from_safetensors(path), []
     if head.startswith(b"\x80"):
         return edm.read(path)
-    raise CheckpointError(f"{path}: is none of EDM's pickles, OpenAI's .pt files and safetensors files")
+    raise CheckpointError(f"{path}: is none of EDM's and ECT's pickles, OpenAI's .pt files and safetensors files")
 
 
 def export_checkpoint(source: str | Path, folder: str | Path, to: str) -> list[str]:
@@ -89,7 +95,7 @@ def export_checkpoint(source: str | Path, folder: str | Path, to: str) -> list[s
 
     Returns lines for the user. Raises CheckpointError.
     """
-    folder = Path(folder)
+    source, folder = Path(os.path.expanduser(source)), Path(os.path.expanduser(folder))
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already, and nothing is written over; name another folder")
     state = load(source)
@@ -102,7 +108,11 @@ def export_checkpoint(source: str | Path, folder: str | Path, to: str) -> list[s
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return [*notes, f"written: {folder}"]
+    file = folder / "model.safetensors" if to == "safetensors" else folder
+    if file.is_file() or (file / "unet" / "config.json").exists():
+        again = command("convert.py", "import", file, f"{folder}.ckpt")
+        notes = [*notes, f"it is read back by\n  {again}"]
+    return [f"written: {folder}", *notes]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pickle
 import re
+import shlex
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,7 +47,7 @@ def defaults(name: str) -> dict[str, Any]:
     """The constructor defaults of a network of ours, which are EDM's."""
     parameters = inspect.signature(networks.NETWORKS[name]).parameters.values()
     given = {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in parameters}
-    sizes = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim")
+    sizes = ("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim", "told", "heads")
     settings = {key: value for key, value in given.items() if key not in sizes}
     return {"name": name, **settings, "label_dropout": 0.0}  # which is training's to do
 
@@ -90,7 +91,8 @@ def package(name: str, what: object) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise CheckpointError(f"{what}: needs {name.split('.')[0]}; pip install -r requirements-dev.txt") from None
+        file = shlex.quote(config.ours("requirements-dev.txt"))
+        raise CheckpointError(f"{what}: needs {name.split('.')[0]}; pip install -r {file}") from None
 
 
 def short(value: object) -> str:

@@ -41,7 +41,7 @@ def append(path: Path, content: bytes) -> None:
 
 def refuse_links(folder: Path) -> None:
     """Raise ConfigError for a run folder that leads out of itself: what a run writes and removes lies in it alone."""
-    names = ("config.yml", "metrics.jsonl", "sigmas.json", "checkpoints", "samples", "generated")
+    names = ("config.yml", "metrics.jsonl", "sigmas.json", "checkpoints", "snapshots", "samples", "generated")
     for path in (*(folder / name for name in names), *(folder / "checkpoints").glob("*.ckpt")):
         kind = "symbolic link" if path.is_symlink() else "pipe or device"
         if path.is_symlink() or (path.exists() and not (path.is_dir() or path.is_file())):

@@ -15,7 +15,8 @@ from checkpoints.state import CheckpointError
 from config import ConfigError
 
 # What weights do not tell, in the released models; precond is "edm" for the diffusion models among them, the teachers.
-TOLD = {"image_size": 64, "num_head_channels": 64, "dropout": 0.0, "precond": "cm"}
+TOLD = {"image_size": None, "num_head_channels": 64, "dropout": 0.0, "precond": "cm"}
+ATTENTION, DEEPEST = 32, 8  # pixels where they begin to attend, at every image_size, and of their last level
 NAMES = {
     **{"map_layer0": "time_embed.0", "map_layer1": "time_embed.2", "map_label": "label_emb"},
     **{"norm0": "in_layers.0", "conv0": "in_layers.2", "affine": "emb_layers.1", "norm1": "out_layers.0"},
@@ -30,9 +31,9 @@ def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
     arch: a JSON file with the arguments of OpenAI's UNet; what the weights tell too must agree with them.
     """
     weights = _weights(path)
-    told, notes = _arch(arch)
+    told = _arch(arch)
     try:
-        shape, network = _network(weights, told, path)
+        shape, network = _network(weights, {**TOLD, **told}, path)
         objective = {"name": "ct" if network["precond"] == "cm" else "edm"}
         raw = {"data": common.data_section(shape), "network": network, "objective": objective}
         state = common.new_state(raw, shape, {}, path)
@@ -46,6 +47,9 @@ def read(path: Path, arch: str | Path | None = None) -> tuple[State, list[str]]:
         raise CheckpointError(f"{path}: is no consistency model of OpenAI's: it has no {missing}") from None
     except Exception as error:
         raise CheckpointError(f"{path}: is no consistency model of OpenAI's ({short(error)})") from None
+    used = {**TOLD, "image_size": shape["resolution"], **told}
+    assumed = ", ".join(f"{key} {used[key]}" for key in TOLD if key not in told)
+    notes = [f"assumed, as in OpenAI's models: {assumed}; give --arch for others"] if assumed else []
     return state, [*notes, "set data.path in the settings: the file does not say what it was trained on"]
 
 
@@ -63,19 +67,27 @@ def _weights(path: Path) -> Weights:
     return dict(weights)
 
 
-def _arch(arch: str | Path | None) -> tuple[dict[str, Any], list[str]]:
-    """What the weights do not tell, from the JSON file or as in the released models, and notes for the user."""
-    told = {}
-    if arch is not None:
-        try:
-            told = json.loads(Path(arch).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"--arch: {arch} cannot be read as JSON: {short(error)}") from None
-        if not isinstance(told, dict):
-            raise CheckpointError(f"--arch: {arch} holds no JSON object with the arguments of OpenAI's UNet")
-    assumed = ", ".join(f"{key} {value}" for key, value in TOLD.items() if key not in told)
-    note = f"assumed, as in OpenAI's ImageNet-64 models: {assumed}; give --arch for others"
-    return {**TOLD, **told}, [note] if assumed else []
+def _arch(arch: str | Path | None) -> dict[str, Any]:
+    """What the weights do not tell, as far as the JSON file says it."""
+    if arch is None:
+        return {}
+    try:
+        told = json.loads(Path(arch).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--arch: {arch} cannot be read as JSON: {short(error)}") from None
+    if not isinstance(told, dict):
+        raise CheckpointError(f"--arch: {arch} holds no JSON object with the arguments of OpenAI's UNet")
+    return told
+
+
+def _image_size(factors: list[int], levels: int, path: Path) -> int:
+    """The pixels of a released model: they attend from 32 pixels down, and large ones have their last level at 8."""
+    size = ATTENTION * min(factors, default=0)
+    if size == 0 or (levels > 4 and size >> (levels - 1) != DEEPEST):
+        attention = f"attention at 1/{', 1/'.join(map(str, factors))}" if factors else "no attention"
+        seen = f"{levels} levels, {attention}"
+        raise CheckpointError(f"{path}: its weights ({seen}) do not tell its image_size; give it in --arch FILE.json")
+    return size
 
 
 def _network(weights: Weights, told: dict[str, Any], path: Path) -> tuple[dict[str, int], dict[str, Any]]:
@@ -109,6 +121,8 @@ def _network(weights: Weights, told: dict[str, Any], path: Path) -> tuple[dict[s
         if key in found and value != found[key]:
             raise CheckpointError(f"--arch: {key}: is {short(value)} there and {found[key]} in {path}")
     size, heads = told["image_size"], told["num_head_channels"]
+    if size is None:
+        size = _image_size(sorted(found["attention_resolutions"]), levels, path)
     if type(size) is not int or type(heads) is not int or size < 1 or heads < 1:
         raise CheckpointError(f"--arch: image_size and num_head_channels must be whole numbers, found {size}, {heads}")
     if told["precond"] not in ("cm", "edm"):

@@ -5,6 +5,7 @@ run code, and only after the SHA-256 in the zip's comment, of all that comes bef
 members' CRC-32 leave out the list of contents: a bit turned there can make a weight a folder, which torch reads.)
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 import networks
+from checkpoints import starting
 from checkpoints.disk import write_atomically
 from config import Config, ConfigError, parse
 from sources.codecs import codec_from
@@ -24,7 +26,6 @@ from sources.codecs import codec_from
 FORMAT = 1
 PARTS = {"step": int, "config": dict, "data": dict, "model": dict, "ema": list, "objective": dict, "optimizer": dict}
 CHECKSUM = 2 + len("sha256:") + 64  # bytes at the end of a file; the 2 are a zip's for the length of its comment
-OUTPUT_LAYER = re.compile(r"model\.(dec\.\d+x\d+_aux_conv|out_conv|last)\.(weight|bias)")
 
 
 class CheckpointError(ConfigError):
@@ -81,7 +82,7 @@ def numbered(folder: Path) -> list[Path]:
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The state in a checkpoint of ours. Raises CheckpointError; never runs code from the file."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.exists() and not path.is_file():  # a pipe could be read for ever
         raise CheckpointError(f"{path}: is no file")
     try:
@@ -151,7 +152,8 @@ def config_of(state: dict[str, Any], path: str | Path) -> Config:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", average: int = 0) -> torch.nn.Module:
-    """The preconditioned EMA model of a checkpoint, in eval mode: model(x, sigma, class_labels=None) -> clean data.
+    """The EMA model of a checkpoint, in eval mode: model(x, sigma, class_labels=None) -> clean data, or, where
+    model.clock is "time", model(z, t, r, class_labels=None) -> average velocity.
 
     `average` picks one of several EMAs. A model of vectors takes condition=(B, K). `model.codec` (sources/codecs.py)
     knows the data: codec.told(classes or conditions, x) makes of them what the model takes, codec.from_model(D) of what
@@ -176,8 +178,10 @@ def model_from(state: dict[str, Any], path: str | Path, average: int = 0) -> tor
     return model.eval().requires_grad_(False)
 
 
-def initialise(model: torch.nn.Module, path: str | Path) -> None:
+def initialise(model: torch.nn.Module, path: str | Path) -> str:
     """Copy a checkpoint's first EMA into `model` (train.init_from). Raises CheckpointError at the first difference.
+
+    Says in one line how a flow map starts, where the checkpoint holds another kind of model; else "".
 
     A model trained with augmentation labels may start one without: at label zero their weights do nothing. Between the
     clocks of EDM and TrigFlow the output changes its sign; D stays the same where c_noise does (2410.11081 sec. 3).
@@ -187,14 +191,18 @@ def initialise(model: torch.nn.Module, path: str | Path) -> None:
     if "model.map_augment.weight" not in model.state_dict():
         weights.pop("model.map_augment.weight", None)
     there = config_of(state, path).network
-    if there.c_noise != model.c_noise and model.c_noise != "t":  # with t the weights are only a start, as in sCM
+    free = model.clock == "time" or model.c_noise == "t"  # the weights may be only a start, as in sCM
+    if there.c_noise != model.c_noise and not free:
         raise CheckpointError(
             f"{path}: is of another network: network.c_noise is {there.c_noise} there and {model.c_noise} here"
         )
-    if (there.precond == "trigflow") != (model.precond == "trigflow"):
-        for name in filter(OUTPUT_LAYER.fullmatch, weights):  # F of TrigFlow is minus F of EDM
-            weights[name] = -weights[name]
+    said = starting.how(model, there) if model.clock == "time" else ""
+    with contextlib.suppress(AttributeError, TypeError, RuntimeError, IndexError):  # no such tensors: _fill says so
+        starting.turn(weights, there.precond, model.precond)
+        if said:
+            starting.fit(model, weights, there)
     _fill(model, weights, path)
+    return f"the network starts from {path}: {said}" if said else ""
 
 
 def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:

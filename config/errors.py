@@ -1,10 +1,29 @@
-"""How a command ends badly: a wrong command line, bad input, or what the machine refused, on one line each."""
+"""What the commands say: the next command, and how one ends badly (a wrong command line, bad input, a full disk)."""
 
 import argparse
 import contextlib
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent  # where the commands lie
+
+
+def command(script: str, *words: object) -> str:
+    """The line that runs one of our commands when it is pasted into a shell in the current folder."""
+    beside = os.path.dirname(shutil.which("python") or "") == os.path.dirname(sys.executable)
+    python = "python" if beside else sys.executable or "python3"
+    return shlex.join(str(word) for word in (python, ours(script), *words))
+
+
+def ours(name: str) -> str:
+    """The path of a file of this repository, from the current folder where that is in it or above it."""
+    path = os.path.relpath(ROOT / name)
+    return str(ROOT / name) if path.startswith(os.pardir) else path
 
 
 def printable(text: str) -> str:
@@ -48,8 +67,8 @@ def exit_code(command: Callable[[], int | None], stopped: str = "stopped") -> in
         line, code = str(error), 1
     except (OSError, MemoryError) as error:
         line, code = machine_failure(error), 1
-    except KeyboardInterrupt:
-        line, code = stopped, 130
+    except KeyboardInterrupt as error:
+        line, code = str(error) or stopped, 130
     with contextlib.suppress(OSError):  # nobody can be told where the output goes to a full disk
         print(line, file=sys.stderr, flush=True)
     return code

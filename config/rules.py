@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from config.errors import ConfigError
-from config.schema import NEEDS_PATH, Config
+from config.schema import FLOW_MAPS, NEEDS_PATH, Config
 
 Broken = Iterator[tuple[str, str]]  # the key of each broken rule, and what to say about it
 
@@ -35,15 +35,22 @@ def _data_and_network(cfg: Config) -> Broken:
         yield "data.flip", f"data.augment {mirrors}; set data.flip: false"
     if drops_labels and not d.conditional:
         yield "network.label_dropout", "there are no labels to drop; set data.conditional: true"
-    if drops_labels and hasattr(o, "teacher"):
+    if drops_labels and getattr(o, "teacher", None):
         yield "network.label_dropout", f"objective {o.name} asks a teacher with the same labels; set it to 0"
     if isinstance(t.microbatch, int) and t.batch_size % t.microbatch != 0:
         yield "train.microbatch", f"must divide train.batch_size ({t.batch_size})"
     if getattr(n, "pixel_norm", False) and not n.scale_shift_norm:
         yield "network.pixel_norm", "normalises AdaGN; set scale_shift_norm: true"
-    if cfg.sample.guidance is not None and not drops_labels:
+    if cfg.sample.guidance is not None and getattr(o, "guidance", None) is not None and not n.guidance_inputs:
+        yield "sample.guidance", f"objective {o.name} is guided in training (objective.guidance), and never again"
+    if cfg.sample.guidance is not None and n.guidance_inputs:
+        if cfg.sample.guidance < 1:
+            yield "sample.guidance", "this network is told it, from 1 (not guided) upwards"
+    elif cfg.sample.guidance is not None and not drops_labels:
         known = "data.conditional: true and network.label_dropout above 0"
         yield "sample.guidance", f"needs a network that knows the null label: {known}"
+    if (t.lr_decay == "inverse_sqrt") != (t.lr_decay_batches is not None):
+        yield "train.lr_decay_batches", "belongs to train.lr_decay: inverse_sqrt, which needs it"
     if t.lr_warmup >= t.steps:  # no share is
         yield "train.lr_warmup", f"must be below train.steps ({t.steps})"
 
@@ -53,8 +60,16 @@ def _objective(cfg: Config) -> Broken:
     if o.name in ("edm", "trigflow") and n.precond == "cm":
         weight = "its loss weight is made for edm and trigflow"
         yield "network.precond", f"objective {o.name} trains a denoiser, and {weight}"
+    if getattr(o, "logvar", False) and n.name != "edm2_unet":
+        yield "objective.logvar", f"needs a network that learns it, edm2_unet, and network.name is {n.name}"
     if o.name in ("sct", "scd") and n.precond != "trigflow":
         yield "network.precond", f"objective {o.name} needs trigflow"
+    yield from _flow_maps(cfg)
+    yield from _guided(cfg)
+    if getattr(o, "anchor", 0) and n.c_noise != "t":
+        yield "objective.anchor", "is told apart by the time -t; it needs network.c_noise: t"
+    if o.name == "sct" and o.anchor and not t.init_from:
+        yield "objective.anchor", "its cosine blows up on a fresh network, whose output is 0; set train.init_from"
     if getattr(o, "guidance", None) is not None and (not d.conditional or n.name == "mlp"):
         yield "objective.guidance", "guides by class labels; it needs images and data.conditional: true"
     if o.name == "pd" and o.N & (o.N - 1) != 0:
@@ -72,14 +87,71 @@ def _objective(cfg: Config) -> Broken:
         yield "objective.lpips_weights", f"is for objective.metric: lpips, and the metric is {o.metric}"
 
 
+def _guided(cfg: Config) -> Broken:
+    """What goes with guidance that is learned."""
+    o = cfg.objective
+    if hasattr(o, "label_dropout") and o.guidance is not None and getattr(cfg.network, "label_dropout", 0) > 0:
+        yield "network.label_dropout", f"objective {o.name} drops labels itself (objective.label_dropout); set it to 0"
+    if o.name == "meanflow" and o.interval[0] >= o.interval[1]:
+        yield "objective.interval", "must rise"
+    if o.name == "meanflow" and o.kappa and o.teacher:
+        yield "objective.kappa", "mixes in the network's own velocity; with a teacher it is the teacher's, set it to 0"
+
+
+def _levels_of_the_clock(cfg: Config) -> Broken:
+    s, flow_map = cfg.sample, cfg.network.times is not None
+    if flow_map and s.sigmas is not None:
+        yield "sample.sigmas", f"objective {cfg.objective.name} makes a flow map, which is told times: set sample.times"
+    if not flow_map and s.times is not None:
+        yield "sample.times", f"objective {cfg.objective.name} trains at noise levels: set sample.sigmas"
+    if any(a <= b for a, b in itertools.pairwise(s.times or [])):
+        yield "sample.times", "must descend"
+    if s.solver in (("multistep",) if flow_map else ("jumps", "renoise")):
+        others = "jumps, renoise or heun" if flow_map else "multistep or heun"
+        yield "sample.solver", f"objective {cfg.objective.name} is sampled by {others}"
+    if s.interval is not None and not cfg.network.guidance_inputs:
+        yield "sample.interval", "is for networks that are told their guidance: network.guidance_inputs: true"
+    if s.interval is not None and s.interval[0] >= s.interval[1]:
+        yield "sample.interval", "must rise"
+
+
+def _flow_maps(cfg: Config) -> Broken:
+    """What goes with two times, and with none."""
+    n, o = cfg.network, cfg.objective
+    if o.name not in FLOW_MAPS:
+        for key, told in (("precond", "flow"), ("c_noise", "time"), ("heads", 2), ("guidance_inputs", True)):
+            if getattr(n, key) == told:
+                yield f"network.{key}", f"objective {o.name} trains no flow map, which {told} is for; set it to null"
+        if n.times is not None:
+            yield "network.times", f"objective {o.name} tells the network a noise level, no times; set it to null"
+        return
+    if n.precond == "cm":
+        yield "network.precond", f"objective {o.name} trains a velocity; it needs flow, edm or trigflow"
+    if n.times == "t" and o.name != "flow":
+        yield "network.times", f"objective {o.name} learns jumps from t to r, and t alone does not tell them apart"
+    if n.times == "t-r" and o.name == "flow":
+        yield "network.times", "t - r is 0 in flow matching, and the network is told nothing else"
+    if n.times == "t-r" and n.c_noise != "time":
+        yield "network.c_noise", "is a label of t, and network.times: t-r does not tell t; set it to time"
+    if n.heads == 2 and o.name != "imf":
+        yield "network.heads", f"objective {o.name} trains one head; set it to 1"
+    guided = o.name == "imf" and o.guidance not in (None, False)
+    if n.guidance_inputs != guided:
+        said = "tells the network its guidance" if guided else "has no guidance to tell the network"
+        yield "network.guidance_inputs", f"objective {o.name} {said}; set it to {str(guided).lower()}"
+
+
 def _ema_samples_and_scores(cfg: Config) -> Broken:
     m, sigmas, highest = cfg.metrics, cfg.sample.sigmas or [], cfg.network.sigma_max
-    if (cfg.ema.decay is None) == (cfg.ema.half_life_kimg is None):
+    if cfg.ema.decay is not None and cfg.ema.half_life_kimg is not None:
         yield "ema.half_life_kimg", "give either this or ema.decay, and null for the other"
+    if cfg.ema.decay is None and cfg.ema.half_life_kimg is None and cfg.ema.std is None:
+        yield "ema.decay", "there is no average to sample: give this, ema.half_life_kimg or ema.std"
     if any(a <= b for a, b in itertools.pairwise(sigmas)):
         yield "sample.sigmas", "must descend"
     if max(sigmas, default=0) > highest:
         yield "sample.sigmas", f"starts above network.sigma_max ({highest}), which the network never saw"
+    yield from _levels_of_the_clock(cfg)
     if m.reference is not None and m.scores != ["fid"]:
         yield "metrics.scores", "metrics.reference has the statistics of a FID alone; set metrics.scores: [fid]"
     if m.reference is not None and m.features != "inception":

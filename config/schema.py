@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from config.values import EXACT, is_text, meant
 
 Dataset = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz"]
 NEEDS_PATH = ("imagenet9", "folder", "zip", "npz")  # datasets that data.path leads to
@@ -14,7 +16,13 @@ DEFAULT_NAMES = {"network": "song_unet", "objective": "ect"}
 
 
 def path_text(text: str) -> str:
-    """A text that a file system takes as a path; ValueError for others."""
+    """A path as a file system takes it, ~ expanded, which no shell does after `run.dir=`; ValueError for others.
+
+    Every path goes through here: settings (PathText) and the commands' options (their type).
+    """
+    text = os.path.expanduser(text)
+    if text.startswith("~") and not os.path.exists(text):
+        raise ValueError(f"{text.split('/')[0]} is no user's home here; write ./{text} for a name that begins with ~")
     if "\0" in text or len(text) > 4000 or any(len(os.fsencode(part)) > 240 for part in text.split("/")):
         raise ValueError("a path has no NUL character and no name of over 240 bytes")
     return text
@@ -24,6 +32,8 @@ def _length(least: int) -> Any:
     """The type of a length of the run: an integer from `least` on is steps, a float below 1 a share of the run."""
 
     def check(value: Any) -> Any:
+        if type(value) is float and 1 < value <= EXACT and value.is_integer():  # 1e3; 1.0 could mean either
+            value = int(value)
         if (type(value) is int and value >= least) or (type(value) is float and 0 < value < 1):
             return value
         text = f"input should be an integer from {least} (steps) or a number between 0 and 1 (a share of the run)"
@@ -44,16 +54,26 @@ def in_steps(length: int | float, steps: int, whole: bool = True) -> int | float
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Part = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Length = _length(0)
 Interval = _length(1)
 PathText = Annotated[str, AfterValidator(path_text)]
+Lower = Annotated[str, BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)]
 Mean = Annotated[float, Field(description="Mean of ln sigma (ECT writes t).")]
 Std = Annotated[float, Field(gt=0, description="Standard deviation of ln sigma.")]
 
 
 class Section(BaseModel, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True):
-    """A part of the config: no unknown key, no silent conversion; the text under a key is its description."""
+    """A part of the config: no unknown key, no conversion but `meant`'s; the text under a key is its description."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_meant(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        known = cls.model_fields
+        return {key: meant(known[key].annotation, v) if key in known else v for key, v in values.items()}
 
 
 class Run(Section):
@@ -65,7 +85,7 @@ class Run(Section):
     """Folder of the run: config, checkpoints, samples, curves. null: runs/<name>."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random: initial weights, data order, noise."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: Lower = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """auto (a GPU where there is one), cpu, cuda, cuda:N or mps."""
 
     @property
@@ -93,8 +113,12 @@ class Data(Section):
     """Mirror half of the images. Not for digits or letters."""
     augment: float = Field(0.0, ge=0, le=1)
     """Probability p of each transformation of EDM's augmentation pipe (2206.00364 app. F.2). 0: off."""
+    upright: bool = False
+    """Leave rotation and the mirror upside down out of the augmentation, as MeanFlow and SoFlow do."""
     on_broken: Literal["fail", "skip"] = "fail"
-    """What to do with an image that cannot be read."""
+    """What to do with an image that cannot be read, or is of another size than the others where resolution is null."""
+    white_level: int | None = Field(None, ge=1, le=65535)
+    """The value of white in 16-bit image files, as 4095 where they hold 12-bit data. null: 65535."""
     workers: int = Field(2, ge=0, le=64)
     """Processes that decode images, for sets too large to be kept in memory."""
     memory_gb: NonNegative = 4.0
@@ -106,10 +130,19 @@ class Data(Section):
 class Network(Section):
     """What every network's settings share; names and defaults are EDM's (2206.00364)."""
 
-    precond: Literal["edm", "cm", "trigflow"] = "edm"
-    """edm (2206.00364 tab. 1), cm with D(x) = x at sigma_min (2303.01469 app. C), or trigflow (2410.11081 sec. 3)."""
-    c_noise: Literal["log", "log250", "t"] = "log"
-    """Noise label: ln(sigma)/4, 250 ln(sigma) as in OpenAI's models, or t = atan(sigma/sigma_data) as in sCM."""
+    precond: Literal["edm", "cm", "trigflow", "flow"] | None = None
+    """edm (2206.00364 tab. 1), cm with D(x) = x at sigma_min (2303.01469 app. C), trigflow (2410.11081 sec. 3), or
+    flow, the velocity itself. null: the method's own, here and in the next four."""
+    c_noise: Literal["log", "log250", "t", "time"] | None = None
+    """Noise label: ln(sigma)/4, 250 ln(sigma) as in OpenAI's models, t = atan(sigma/sigma_data) as in sCM, or a flow
+    map's time from 0 to 1."""
+    times: Literal["t", "t,t-r", "t,r", "t-r"] | None = None
+    """What a flow map's network is told of its times: t (flow matching), t,t-r (MeanFlow, SoFlow), t,r or t-r
+    (iMF)."""
+    heads: Literal[1, 2] | None = None
+    """Outputs of a flow map: 2 for iMF, which also learns the velocity at t."""
+    guidance_inputs: bool | None = None
+    """Tell the network the guidance that it is asked for and its interval, as iMF does."""
     sigma_data: Positive = 0.5
     """Standard deviation of the data, in [-1, 1]."""
     sigma_min: Positive = 0.002
@@ -181,6 +214,46 @@ class DhariwalUNet(UNet):
     """Groups of every group norm; OpenAI's models: 32. null: EDM's min(32, channels / 4)."""
 
 
+class EDM2UNet(Network):
+    """EDM2's magnitude-preserving UNet (Karras et al. 2024, 2312.02696); the defaults are its ImageNet-64 S."""
+
+    name: Literal["edm2_unet"]
+    model_channels: Count = 192
+    """Channels of the first resolution: XS 128, S 192, M 256, L 320, XL 384."""
+    channel_mult: list[Count] = Field([1, 2, 3, 4], min_length=1)
+    """Channels of each resolution, times model_channels; one entry a resolution, halving each time."""
+    channel_mult_noise: Count | None = None
+    """Width of the noise embedding, times model_channels. null: the first resolution's."""
+    channel_mult_emb: Count | None = None
+    """Width of the noise and class embedding, times model_channels. null: the widest resolution's."""
+    num_blocks: Count = 3
+    """Residual blocks per resolution."""
+    attn_resolutions: list[Count] = [16, 8]
+    """Resolutions in pixels with self-attention; the deepest block has it anyway."""
+    channels_per_head: Count = 64
+    """Channels of an attention head; a resolution with fewer has no attention."""
+    dropout: Share = 0.0
+    """Dropout inside residual blocks; both passes of a step share the mask."""
+    dropout_max_resolution: Count | None = None
+    """Drop at this resolution and below only: ECT's 16 on ImageNet. null: at all."""
+    label_dropout: Share = 0.0
+    """Share of labels dropped in training, for classifier-free guidance."""
+    label_balance: Part = 0.5
+    """Share of the class in the embedding, the noise level's the rest."""
+    concat_balance: Part = 0.5
+    """Share of the skip connection in what a block of the decoder is given."""
+    res_balance: Part = 0.3
+    """Share of the residual branch in a block's output."""
+    attn_balance: Part = 0.3
+    """Share of the attention in a block's output."""
+    resample_filter: list[Count] = [1, 1]
+    """Up- and downsampling filter."""
+    clip_act: Positive | None = 256.0
+    """Activations are kept between this and its negative. null: not."""
+    logvar_channels: Count = 128
+    """Width of the part that learns the loss's size, for objective.logvar."""
+
+
 class MLP(Network):
     """A residual MLP for vectors: data.name: npz with an array `vectors`."""
 
@@ -189,6 +262,36 @@ class MLP(Network):
     """Width of every layer."""
     depth: Count = 4
     """Residual blocks, of two layers each."""
+
+
+class DiT(Network):
+    """A transformer over patches (Peebles & Xie 2022, 2212.09748): B/2 as it stands, iMF's by its other settings."""
+
+    name: Literal["dit"]
+    patch_size: Count = 2
+    """Pixels of a patch's side; divides the images'."""
+    hidden: int = Field(768, ge=4, multiple_of=4)
+    """Width of a token: 384 (S), 768 (B), 1024 (L), 1152 (XL)."""
+    depth: Count = 12
+    """Blocks: 12 (S, B), 24 (L), 28 (XL)."""
+    num_heads: Count = 12
+    """Heads of the attention: 6 (S), 12 (B), 16 (L, XL)."""
+    mlp_ratio: Positive = 4.0
+    """Width of the inner layer of an MLP, as a multiple of hidden; iMF 8/3."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Layer norm, or RMSNorm and no biases in the attention (iMF)."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """Two layers with GELU, or SwiGLU's three (iMF)."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys (iMF)."""
+    positions: Literal["sincos", "rope"] = "sincos"
+    """Where a patch stands: fixed sines and cosines added to it, or rotations of queries and keys (iMF)."""
+    conditioning: Literal["adaln", "prefix"] = "adaln"
+    """How times and labels come in: they scale, shift and gate every block, or are tokens before the patches (iMF)."""
+    head_blocks: int = Field(8, ge=0)
+    """With two heads: of the depth, how many blocks each has for itself."""
+    label_dropout: Share = 0.0
+    """Share of labels dropped in training, for classifier-free guidance."""
 
 
 class Distance(Section):
@@ -215,6 +318,8 @@ class EDM(Section):
     name: Literal["edm"]
     P_mean: Mean = -1.2
     P_std: Std = 1.2
+    logvar: bool = False
+    """Weigh each noise level by what the network learns of its loss (EDM2, 2312.02696 eq. 21); edm2_unet does."""
 
 
 class CT(Distance):
@@ -269,6 +374,8 @@ class ECT(Neighbours):
     P_std: Std = 2.0
     huber_c: NonNegative = 0.0
     """c of the pseudo-Huber distance."""
+    weighting: Literal["gap", "c_out"] = "gap"
+    """Weight of the loss: 1 / (t - r), or 1 / c_out(t)^2, the original's on ImageNet."""
 
 
 class CD(Distilled, Distance):
@@ -303,6 +410,9 @@ class SCT(TrigFlow):
     """H: steps, or a share of the run below 1, over which the tangent's second half grows in."""
     c: Positive = 0.1
     """The tangent is normalised as g / (|g| + c), |g| the L2 norm of the whole sample."""
+    anchor: NonNegative = 0.0
+    """Weight of FACM's flow-matching anchor (2507.03738), told apart by the time -t; 1 there, beside a consistency loss
+    larger than sCM's. 0: none."""
 
 
 class SCD(SCT, Distilled):
@@ -313,7 +423,7 @@ class SCD(SCT, Distilled):
     """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
 
 
-class TCM(Section):
+class TCM(Neighbours):
     """Truncated consistency model: the second stage over a finished ECT or iCT model (Lee et al. 2024, 2410.14895)."""
 
     name: Literal["tcm"]
@@ -355,6 +465,98 @@ class PD(Distilled):
     """Weight of the loss by the signal-to-noise ratio; the paper's is truncated-snr."""
 
 
+class Flow(Section):
+    """Flow matching: trains a velocity, the start of a flow map (Lipman et al. 2022, 2210.02747)."""
+
+    name: Literal["flow"]
+    P_mean: float = 0.0
+    """Mean of ln(t / (1 - t)), t from 0 (data) to 1 (noise)."""
+    P_std: Positive = 1.0
+    """Its standard deviation."""
+
+
+class Guided(Section):
+    """What methods share that are guided while they train; null: not guided."""
+
+    guidance: NonNegative | None = None
+    """w of the guidance that is learned, so that sampling costs one evaluation; needs data.conditional. null: none."""
+    label_dropout: Share = 0.1
+    """Share of labels dropped where guided, in place of network.label_dropout."""
+
+
+class TwoTimes(Guided):
+    """What MeanFlow's and SoFlow's settings share: the times t and r (SoFlow writes s), and the adaptive weight."""
+
+    P_mean_t: float = -0.6
+    """Mean of ln(t / (1 - t)), t from 0 (data) to 1 (noise)."""
+    P_std_t: Positive = 1.6
+    """Its standard deviation."""
+    P_mean_r: float = -4.0
+    """Mean of ln(r / (1 - r)), r the time that is jumped to."""
+    P_std_r: Positive = 1.6
+    """Its standard deviation."""
+    p: NonNegative = 0.75
+    """A sample weighs (l + eps)^-p, l its squared error: summed over the sample (MeanFlow), or its mean (SoFlow)."""
+    eps: Positive = 1e-3
+    """See p."""
+
+
+class MeanFlow(TwoTimes):
+    """MeanFlow: average velocities, by one forward-mode derivative a step (Geng et al. 2025, 2505.13447)."""
+
+    name: Literal["meanflow"]
+    teacher: PathText | None = None
+    """A diffusion or flow model to distil: the target is its velocity, the run starts from its weights. null: none."""
+    sampler: Literal["v0", "v1"] = "v1"
+    """v0 (the paper): the larger of two times is t; v1 (released code): t stays, and r is at most t."""
+    ratio: float = Field(0.75, ge=0, le=1)
+    """Probability that r differs from t; where r = t, plain flow matching is trained."""
+    kappa: Share = 0.0
+    """Share of the network's own guided velocity in the target; the effective guidance is guidance / (1 - kappa)."""
+    interval: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 1.0], min_length=2, max_length=2)
+    """[lowest, highest] t that is guided."""
+
+
+class SoFlow(TwoTimes, Neighbours):
+    """SoFlow: solution flow models, without a forward-mode derivative (Luo et al. 2025, 2512.15657)."""
+
+    name: Literal["soflow"]
+    P_mean_t: float = -0.9
+    """Mean of ln(t / (1 - t)), t from 0 (data) to 1 (noise)."""
+    rho: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0, 0.0003125], min_length=2, max_length=2)
+    """l = t + (r - t) rho: where between t and r the two outputs are compared, at the first and at the last step."""
+    schedule: Literal["exponential", "linear", "cosine", "constant"] = "exponential"
+    """How rho goes from the one to the other; constant: the last from the start."""
+    velocity_share: float = Field(0.0, ge=0, le=1)
+    """Share of the batch that learns the velocity, r = t."""
+    P_mean_v: float = -0.9
+    """Mean of ln(t / (1 - t)) there."""
+    P_std_v: Positive = 1.6
+    """Its standard deviation."""
+    mix: float = Field(0.25, gt=0, le=1)
+    """m: share of the data's guided velocity in the target; the rest is the network's own."""
+    fade: float = Field(0.8, ge=0, le=1)
+    """t above which guidance falls smoothly to none. 1: nowhere."""
+
+
+class IMF(Guided):
+    """iMF: improved MeanFlow, a regression on the velocity along a predicted tangent (Geng et al. 2025, 2512.02012)."""
+
+    name: Literal["imf"]
+    guidance: float | None = Field(None, gt=1)
+    """The largest w that is told to the network; w = guidance^U(0, 1), 8 in the paper. Sampling chooses. null: none."""
+    P_mean: float = -0.4
+    """Mean of ln(t / (1 - t)), of two times, the larger of which is t."""
+    P_std: Positive = 1.0
+    """Its standard deviation."""
+    equal_share: float = Field(0.5, ge=0, le=1)
+    """Share of the batch with r = t, plain flow matching."""
+    p: NonNegative = 1.0
+    """A sample weighs (l + eps)^-p, l its squared error, summed over the sample."""
+    eps: Positive = 0.01
+    """See p."""
+
+
 class Ema(Section):
     """The averaged weights that are sampled."""
 
@@ -364,6 +566,10 @@ class Ema(Section):
     """Instead of decay: half-lives in thousands of images."""
     warmup: NonNegative = 0.05
     """The half-life is at most this share of the steps so far (2206.00364 app. F). 0: off."""
+    std: list[Annotated[float, Field(gt=0, lt=0.28)]] | None = Field(None, min_length=1)
+    """Widths of power-function averages as shares of the run, kept after decay's; EDM2's: 0.05, 0.1. null: none."""
+    snapshot_every: Length = 0.03125
+    """Steps, or a share of the run below 1, between snapshots of std's, of which ema.py rebuilds others. 0: none."""
 
 
 class Train(Section):
@@ -389,8 +595,11 @@ class Train(Section):
     """Decay of the weights: adamw's own, times the rate; in adam and radam a part of the gradient."""
     lr_warmup: Length = 0
     """Steps, or a share of the run below 1, over which the learning rate rises linearly from 0."""
-    lr_decay: Literal["none", "linear", "cosine"] = "none"
-    """How it falls to 0 at the last step."""
+    lr_decay: Literal["none", "linear", "cosine", "inverse_sqrt"] = "none"
+    """How it falls: to 0 at the last step; or as 1 / sqrt(step / lr_decay_batches) (EDM2, 2312.02696 eq. 67), with a
+    first step of rate 0 where lr_warmup is set."""
+    lr_decay_batches: Positive | None = None
+    """Steps from which inverse_sqrt falls: EDM2 70,000, at 64 px 35,000."""
     grad_clip: Positive | None = None
     """Largest norm of the gradient. null: not clipped."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
@@ -423,10 +632,15 @@ class Sample(Section):
     """Images in a grid."""
     sigmas: list[Positive] | None = Field(None, min_length=1)
     """Noise levels of few-step sampling, descending; `--steps S` takes the first S. null: sigma_max, then 0.821."""
-    solver: Literal["auto", "multistep", "heun"] = "auto"
-    """auto: heun for diffusion models (edm, trigflow), multistep for consistency models."""
+    times: list[Annotated[float, Field(gt=0, le=1)]] | None = Field(None, min_length=1)
+    """Instead of sigmas, a flow map's times: 1 is noise, 0 data; `--steps S` takes the first S. null: even from 1."""
+    solver: Literal["auto", "multistep", "heun", "jumps", "renoise"] = "auto"
+    """heun for diffusion and flow models, multistep for consistency models; flow maps: jumps from time to time, or
+    renoise, to the data and back with new noise. auto: the one of the method's paper."""
     guidance: NonNegative | None = None
     """w of classifier-free guidance in sampling, D_null + w (D - D_null) (2207.12598). null: none."""
+    interval: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(None, min_length=2, max_length=2)
+    """[t_min, t_max] inside which a network that is told its guidance (imf) is guided. null: everywhere."""
     heun_steps: int = Field(18, ge=2)
     """Steps of the heun solver; evaluations are twice that less one."""
 
@@ -450,19 +664,40 @@ class Metrics(Section):
     """Score when training ends."""
 
 
+# What a method asks of the network: (precond, c_noise) and, of flow maps, times.
+CLOCKS = {"trigflow": ("trigflow", "t"), "sct": ("trigflow", "t"), "scd": ("trigflow", "t")}  # the others: edm, log
+FLOW_MAPS = {"flow": "t", "meanflow": "t,t-r", "soflow": "t,t-r", "imf": "t-r"}
+
+
 class Config(Section):
     """Settings of main.py and generate.py. Every key has a default; config.yml shows them all."""
 
     run: Run = Field(default_factory=Run)
     data: Data = Field(default_factory=Data)
-    network: SongUNet | DhariwalUNet | MLP = Field(default_factory=SongUNet, discriminator="name")
-    objective: EDM | CT | ICT | ECT | CD | TrigFlow | SCT | SCD | TCM | CMT | PD = Field(
-        default_factory=ECT, discriminator="name"
+    network: SongUNet | DhariwalUNet | EDM2UNet | DiT | MLP = Field(default_factory=SongUNet, discriminator="name")
+    objective: EDM | CT | ICT | ECT | CD | TrigFlow | SCT | SCD | TCM | CMT | PD | Flow | MeanFlow | SoFlow | IMF = (
+        Field(default_factory=ECT, discriminator="name")
     )
     ema: Ema = Field(default_factory=Ema)
     train: Train = Field(default_factory=Train)
     sample: Sample = Field(default_factory=Sample)
     metrics: Metrics = Field(default_factory=Metrics)
+
+    @model_validator(mode="after")
+    def _follow(self) -> "Config":
+        """What the method asks of the network, where the network's settings leave it open (null)."""
+        n, o = self.network, self.objective
+        times = FLOW_MAPS.get(o.name)
+        precond, c_noise = ("flow", "time") if times else CLOCKS.get(o.name, ("edm", "log"))
+        if n.precond is not None:  # as before there was anything to follow
+            c_noise = "time" if n.precond == "flow" else "log"
+        guided = getattr(o, "guidance", None) not in (None, False)
+        asked = {
+            "precond": precond, "c_noise": c_noise, "times": times, "heads": 2 if o.name == "imf" else 1,
+            "guidance_inputs": o.name == "imf" and guided,
+        }  # fmt: skip
+        self.network = n.model_copy(update={key: value for key, value in asked.items() if getattr(n, key) is None})
+        return self
 
 
 def kinds(section: str) -> dict[str, type[Section]]:
@@ -470,6 +705,12 @@ def kinds(section: str) -> dict[str, type[Section]]:
     annotation = Config.model_fields[section].annotation
     several = {get_args(kind.model_fields["name"].annotation)[0]: kind for kind in get_args(annotation)}
     return several or {section: annotation}
+
+
+def is_text_setting(section: str, key: str) -> bool:
+    """Whether section.key is a path or a name, which is taken as it is written."""
+    among = kinds(section).values() if section in Config.model_fields else ()
+    return any(is_text(kind.model_fields[key].annotation) for kind in among if key in kind.model_fields)
 
 
 def json_schema() -> str:

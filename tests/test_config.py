@@ -76,7 +76,7 @@ def test_dump_reads_back(tmp_path):
         ("objective:\n  name: ict\n  q: 2", "c.yml:3: objective.q: there is no such setting for this"),
         (
             "network:\n  precond: emd",
-            "c.yml:2: network.precond: 'emd' is not one of 'edm', 'cm' or 'trigflow'; did you mean edm?",
+            "c.yml:2: network.precond: 'emd' is not one of 'edm', 'cm', 'trigflow' or 'flow'; did you mean edm?",
         ),
         ("train: 3", "c.yml:1: train: expected keys and values below it, found 3"),
         ("- 1", "c.yml: expected sections"),
