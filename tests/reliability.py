@@ -211,7 +211,7 @@ def crash(times: int, folder: Path) -> str:
         cfg = tiny(folder / f"run{finished}", train=TRAIN, sample={"grid": 4, "every": 5})
         newest = -1
         while True:
-            run = Run(cfg, "--resume")
+            run = Run(cfg, *resuming(cfg.run.folder))
             if kills >= times:
                 code = run.wait()
             elif kills % 3 == 0:
@@ -242,6 +242,14 @@ def crash(times: int, folder: Path) -> str:
         f"{kills} kills, {saving} of them while a checkpoint was being written; {checked} checkpoints read after them; "
         f"{finished} runs finished by --resume, final state equal bit for bit"
     )
+
+
+def resuming(folder: Path) -> list[str]:
+    """What goes on with a run: --resume, or, as it is told, a new start without what was left of one never saved."""
+    if checkpoints.saved(folder / "checkpoints"):
+        return ["--resume"]
+    shutil.rmtree(folder, ignore_errors=True)
+    return []
 
 
 def end(run: Run) -> int:
@@ -301,6 +309,54 @@ def signals(times: int, folder: Path) -> str:
             check(same(state_of(cfg.run.folder), whole_lazy if lazily else whole), f"{kind}: other weights")
             tried += 1
     return f"{tried} signals of 6 kinds; each run went on by --resume to the unbroken run's state bit for bit"
+
+
+def ends(times: int, folder: Path) -> str:
+    """A run ended by bad data, a decoding process's death, its method or a full memory: saved first, one line."""
+    rng, images = random.Random(times), image_folder(folder / "images")
+    victim, kept = images / "07.png", (images / "07.png").read_bytes()
+    data = {"name": "folder", "path": str(images), "resolution": None, "channels": 1, "memory_gb": 0.0}
+    train = {**TRAIN, "steps": 24, "save_every": 8}  # what was trained since would be lost
+    unbroken = Run(tiny(folder / "unbroken", train=train, data={**data, "workers": 0}))
+    check(unbroken.wait() == 0, unbroken.said())
+    whole = state_of(folder / "unbroken")
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    def kill() -> None:
+        for child in torch.multiprocessing.active_children():
+            child.kill()
+
+    kinds: dict[str, tuple[Callable[[], object], int]] = {  # what happens -> the exit code
+        "cut short": (lambda: victim.write_bytes(kept[:-30]), 2),
+        "another size": (lambda: Image.new("L", (9, 9)).save(victim), 2),
+        "removed": (victim.unlink, 2),
+        "killed": (kill, 1),
+        "method": (lambda: fail(ZeroDivisionError("in the method")), 1),
+        "no memory": (lambda: fail(MemoryError()), 1),
+        "no GPU memory": (lambda: fail(torch.OutOfMemoryError("CUDA out of memory")), 2),
+        "no handles": (lambda: fail(OSError(24, "Too many open files", "/dev/shm/x")), 1),
+    }
+    tried = 0
+    for i in range(times):
+        for kind, (happens, expected) in kinds.items():
+            for workers in (0, 2) if expected == 2 and kind != "no GPU memory" else (2,):
+                name = f"{kind}{i}-{workers}".replace(" ", "-")
+                cfg, step = tiny(folder / name, train=train, data={**data, "workers": workers}), rng.randrange(9, 13)
+                run = Run(cfg, before=lambda step=step, happens=happens: at_step(step, lambda _: happens()))
+                code, said = run.wait(), run.said()
+                victim.write_bytes(kept)
+                check(code == expected and "Traceback" not in said, f"{kind}: {code}: {said}")
+                saved = inspect_newest(cfg.run.folder)
+                check(step <= saved < 24, f"{kind} at step {step}: step {saved} is saved")
+                last = said.rstrip().splitlines()[-1]
+                check(f"step {saved} is saved; continue with: " in last and last.endswith("--resume"), said)
+                again = Run(cfg, "--resume")
+                check(again.wait() == 0, again.said())
+                check(same(state_of(cfg.run.folder), whole), f"{kind}: other weights")
+                tried += 1
+    return f"{tried} ends of {len(kinds)} kinds; the last whole step saved, and --resume to the unbroken run's state"
 
 
 def image_folder(folder: Path) -> Path:
@@ -467,6 +523,79 @@ def folder_removed(times: int, folder: Path) -> str:
                 check((run_folder / "config.yml").exists(), "no config.yml: the run could not be resumed")
             tried += 1
     return f"{tried} times; the run made it anew and went on; a link in its place was refused, nothing outside changed"
+
+
+def moved(times: int, folder: Path) -> str:
+    """A run folder moved or copied, and resumed and sampled from by the config.yml in it, from any folder."""
+    import generate
+
+    whole, tried = reference(folder / "unbroken"), 0
+    for i in range(times):
+        for kind in ("moved", "copied", "from inside"):
+            cfg = tiny(folder / f"old{i}-{kind[:4]}", train=TRAIN, sample={"grid": 4, "every": 5})
+            run = Run(cfg, before=lambda: at_step(9, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+            check(run.wait() == 0, run.said())
+            there = folder / f"new{i}" / kind / "run"
+            there.parent.mkdir(parents=True)
+            (shutil.copytree if kind == "copied" else shutil.move)(cfg.run.folder, there)
+            before = sorted(folder.glob("old*/**/*"))
+            with working_in(there if kind == "from inside" else folder):
+                own = Path("config.yml") if kind == "from inside" else there.relative_to(folder) / "config.yml"
+                code, said = in_process(main.main, ["--cfg", str(own), "--resume"])
+                check(code == 0 and not said, f"{kind}: {code}: {said}")
+                check(same(state_of(there), whole), f"{kind}: other weights")
+                ckpt = str(there / "checkpoints" / "last.ckpt")
+                code, said = in_process(generate.main, ["--cfg", str(own), "--ckpt", ckpt, "--num", "4"])
+                check(code == 0 and (there / "generated" / "000").exists(), f"{kind}: {code}: {said}")
+                code, said = in_process(main.main, ["--cfg", str(own), "--resume", f"run.dir={folder / 'nothing'}"])
+                one_line(code, said, "no checkpoint is saved there")
+            check(not (folder / "nothing").exists() and sorted(folder.glob("old*/**/*")) == before, "the old place")
+            tried += 1
+    return f"{tried} runs, gone on with where they lay; nothing made in the old place; an empty place refused"
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def other_data(times: int, folder: Path) -> str:
+    """A run resumed on other data: classes renamed, images replaced, added, removed or moved between classes."""
+    rng, tried = random.Random(times), 0
+
+    def classes(root: Path) -> Path:
+        for name in ("cat", "dog", "owl"):
+            image_folder(root / name)
+        return root
+
+    changes: dict[str, tuple[Callable[[Path], object], str]] = {
+        "renamed": (lambda root: (root / "owl").rename(root / "bird"), "class 0 was 'cat', is 'bird'"),
+        "replaced": (lambda root: Image.new("L", (8, 8), 7).save(root / "dog" / "03.png"), "fingerprint"),
+        "added": (lambda root: Image.new("L", (8, 8), 7).save(root / "dog" / "99.png"), "61 images, were 60"),
+        "removed": (lambda root: (root / "owl" / "11.png").unlink(), "59 images, were 60"),
+        "moved": (lambda root: (root / "cat" / "05.png").rename(root / "owl" / "50.png"), r"'cat'\) has 19 images"),
+    }
+    for i in range(times):
+        for kind, (change, words) in changes.items():
+            images = classes(folder / f"{kind}{i}-images")
+            data = {"name": "folder", "path": str(images), "conditional": True, "memory_gb": rng.choice([0.0, 1.0])}
+            cfg = tiny(folder / f"{kind}{i}", train={"steps": 2}, data={**data, "workers": 0})
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train(cfg)
+            before = {path: path.read_bytes() for path in cfg.run.folder.rglob("*") if path.is_file()}
+            change(images)
+            argv = ["--cfg", str(cfg.run.folder / "config.yml"), "--resume", "train.steps=4"]
+            one_line(*in_process(main.main, argv), words)
+            check(all(path.read_bytes() == content for path, content in before.items()), "the run was changed")
+            code, said = in_process(main.main, [*argv, "--other-data"])
+            check(code == 0 and re.search(words, said) and state_of(cfg.run.folder)["step"] == 4, said)
+            tried += 1
+    return f"{tried} changes of {len(changes)} kinds, each refused by name; --other-data went on with each"
 
 
 # Damaged checkpoints --------------------------------------------------------------------------------------------------
@@ -677,12 +806,12 @@ def fuzz_configs(times: int, folder: Path) -> str:
         where = [] if source.draw(st.booleans()) else [f"run.dir={run_folder}"]
         real, trained = trainer.train, []
 
-        def small(cfg: config.Config, resume: bool) -> None:
+        def small(cfg: config.Config, *how: bool) -> None:
             trained.append(cfg)
             check(config.parse(cfg.model_dump()) == cfg, "another config when it is read again")
             if cfg.run.folder == run_folder and affordable(cfg):
                 counts["run"] += 1
-                real(cfg, resume)
+                real(cfg, *how)
 
         trainer.train = small
         try:
@@ -1215,7 +1344,7 @@ def ranks(times: int, folder: Path) -> str:
     whole = state_of(folder / "unbroken")
     for i in range(times):
         cfg = tiny(folder / f"run{i}", train=train)
-        both = pair(cfg, "--resume", before=lambda: at_step(25, lambda _: time.sleep(1)))
+        both = pair(cfg, before=lambda: at_step(25, lambda _: time.sleep(1)))
         for run in both:
             run.until(1)
         time.sleep(rng.random() * 0.3)
@@ -1226,7 +1355,7 @@ def ranks(times: int, folder: Path) -> str:
         code, said = both[1 - victim].wait(60), both[1 - victim].said()
         longest = max(longest, time.monotonic() - began)
         check(code == 1 and "another rank has ended" in said and "Traceback" not in said, f"{code}: {said}")
-        again = pair(cfg, "--resume", before=lambda: None)
+        again = pair(cfg, *resuming(cfg.run.folder))
         check([run.wait() for run in again] == [0, 0], again[0].said())
         check(same(state_of(cfg.run.folder), whole), "other weights")
 
@@ -1296,9 +1425,12 @@ FAULTS: dict[str, tuple[Callable[[int, Path], str], int, int]] = {  # name -> (w
     # 0: only in the long form
     "crash": (crash, 50, 4),
     "signals": (signals, 3, 1),
+    "ends": (ends, 3, 1),
     "disk-full": (disk_full, 7, 1),
     "disk-read-only": (disk_read_only, 5, 1),
     "folder-removed": (folder_removed, 5, 1),
+    "moved": (moved, 5, 1),
+    "other-data": (other_data, 5, 1),
     "damage": (damage, 2000, 60),
     "configs": (fuzz_configs, 1000, 60),
     "commands": (fuzz_commands, 300, 40),

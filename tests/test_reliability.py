@@ -117,7 +117,10 @@ def test_a_crash_between_the_two_names_of_a_checkpoint_costs_no_step(tmp_path):
     assert (path.name, state["step"], problems) == ("step-00000004.ckpt", 4, [])
 
 
-def test_a_run_killed_in_its_first_save_starts_anew(tmp_path, capsys):
+def test_a_run_killed_in_its_first_save_is_started_anew_by_torchrun(tmp_path, capsys, monkeypatch):
+    with pytest.raises(config.ConfigError, match="no checkpoint is saved there"):
+        trainer.train(tiny(tmp_path), resume=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / ".step-00000002.ckpt.1.part").write_bytes(b"half")
     trainer.train(tiny(tmp_path), resume=True)

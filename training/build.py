@@ -16,9 +16,13 @@ from objectives import (
     ConsistencyTraining,
     ContinuousConsistency,
     EasyConsistencyTuning,
+    FlowMatching,
     ImprovedConsistencyTraining,
+    ImprovedMeanFlow,
+    MeanFlow,
     MidTraining,
     ProgressiveDistillation,
+    SoFlow,
     TruncatedConsistency,
     losses,
 )
@@ -31,7 +35,7 @@ def layout(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def build_model(cfg: Config, codec: torch.nn.Module, device: torch.device, precision: str) -> networks.Preconditioner:
+def build_model(cfg: Config, codec: torch.nn.Module, device: torch.device, precision: str) -> networks.Wrapper:
     """The network in training mode, with the weights of the seed, of train.init_from or of the teacher."""
     torch.manual_seed(key(cfg.run.seed, "weights"))  # the same on every rank: nothing to broadcast
     try:
@@ -41,7 +45,7 @@ def build_model(cfg: Config, codec: torch.nn.Module, device: torch.device, preci
     model.codec = codec
     start = cfg.train.init_from or getattr(cfg.objective, "teacher", None)
     if start:
-        checkpoints.initialise(model, start)
+        model.started = checkpoints.initialise(model, start)
     model = model.to(device, memory_format=layout(device)).train()
     for block in model.modules():
         if hasattr(block, "checkpointing"):
@@ -52,7 +56,17 @@ def build_model(cfg: Config, codec: torch.nn.Module, device: torch.device, preci
     return model
 
 
-def load_teacher(cfg: Config, model: networks.Preconditioner) -> networks.Preconditioner | None:
+def say_what_attends_nowhere(cfg: Config, model: networks.Wrapper) -> None:
+    """Warn where attn_resolutions, set and not left at its default, asks for attention at pixels that no level has."""
+    if "attn_resolutions" not in cfg.network.model_fields_set:
+        return
+    levels = [model.img_resolution >> level for level in range(len(cfg.network.channel_mult))]
+    if off := [str(res) for res in cfg.network.attn_resolutions if res not in levels]:
+        what = f"no level has {' or '.join(off)} pixels: {', '.join(map(str, levels))}"
+        print(f"warning: network.attn_resolutions: {what}", file=sys.stderr)
+
+
+def load_teacher(cfg: Config, model: networks.Wrapper) -> networks.Wrapper | None:
     """The model of objective.teacher, in eval mode, in the arithmetic of `model`; None where the method has none."""
     path = getattr(cfg.objective, "teacher", None)
     if path is None:
@@ -87,7 +101,7 @@ def build_objective(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Modul
 
     match o.name:
         case "edm" | "trigflow":  # one loss in two clocks: only the preconditioning and P_mean, P_std differ
-            return EDM(o.P_mean, o.P_std, n.sigma_data)
+            return EDM(o.P_mean, o.P_std, n.sigma_data, getattr(o, "logvar", False))
         case "ct":
             grid = {**levels, "sigma_data": n.sigma_data}
             return ConsistencyTraining(model, steps, distance, o.s0, o.s1, o.mu0, o.weighting, **grid)
@@ -102,18 +116,25 @@ def build_objective(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Modul
             steps_per_stage = o.double_kimg * 1000 / batch if o.double_kimg else math.inf
             if o.stage is not None:
                 steps_per_stage = in_steps(o.stage, steps, whole=False)
-            how = (o.q, o.mapping, o.P_mean, o.P_std, o.huber_c, o.difference)
+            how = (o.q, o.mapping, o.P_mean, o.P_std, o.huber_c, o.difference, o.weighting, n.sigma_data)
             return EasyConsistencyTuning(steps_per_stage, *how)
         case "sct" | "scd":
-            return ContinuousConsistency(
-                n.sigma_data, o.P_mean, o.P_std, in_steps(o.warmup, steps), o.c, teacher, getattr(o, "guidance", None)
-            )
+            how = (n.sigma_data, o.P_mean, o.P_std, in_steps(o.warmup, steps), o.c)
+            return ContinuousConsistency(*how, teacher, getattr(o, "guidance", None), anchor=o.anchor)
+        case "flow":
+            return FlowMatching(o.P_mean, o.P_std)
+        case "meanflow":
+            return MeanFlow(**o.model_dump(exclude={"name", "teacher"}), teacher=teacher)
+        case "soflow":
+            return SoFlow(steps, **o.model_dump(exclude={"name"}))
+        case "imf":
+            return ImprovedMeanFlow(**o.model_dump(exclude={"name"}))
         case "tcm":
             how = (o.t_prime, o.q, o.boundary_share, o.boundary_weight, o.df, o.scale, o.huber_c)
             for block in teacher.modules():  # the frozen stage drops as the student does
                 if hasattr(block, "dropout"):
                     block.dropout = n.dropout
-            return TruncatedConsistency(teacher, *how, n.sigma_max, o.weighting, n.sigma_data)
+            return TruncatedConsistency(teacher, *how, n.sigma_max, o.weighting, n.sigma_data, o.difference)
         case "cmt":
             return MidTraining(teacher, distance, o.steps, **levels)
         case "pd":
@@ -140,7 +161,7 @@ def compile_networks(how: bool | str, model: torch.nn.Module, objective: torch.n
             print(f"warning: train.compile: nothing compiles here, training goes on without: {reason}", file=sys.stderr)
         return
     for module in [model, *objective.modules()]:
-        if isinstance(module, networks.Preconditioner):
+        if isinstance(module, networks.Wrapper):
             options = {"dynamic": False, "mode": how if how == "reduce-overhead" else None}
             module.model.compile(**options)
             module.compiled_jvp = torch.compile(module.network_jvp, **options)

@@ -32,6 +32,11 @@ def start_ranks() -> None:
         raise RunFailed(f"the ranks did not find each other: {' '.join(str(error).split())[:200]}") from None
 
 
+def restarted_by_torchrun() -> bool:
+    """Whether torchrun starts the same command again when it ends badly: it is then the first start and every next."""
+    return any(int(os.environ.get(f"TORCHELASTIC_{name}") or 0) > 0 for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+
+
 def talk(call: Callable[..., Any], *args: Any, **options: Any) -> None:
     """A call of torch.distributed, where there are other ranks. Raises RunFailed where one has ended or is silent."""
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable
 
 import torch
 
-from config import ConfigError
+from config import ConfigError, RunFailed, machine_failure
 from training.devices import any_rank
 from training.step import TrainingStep
 
@@ -47,6 +48,37 @@ def what_went_bad(run: TrainingStep, step: int, values: torch.Tensor, given: tor
     names = {id(p): n for m in (run.objective, run.model) for n, p in m.named_parameters()}
     lost = [names[id(p)] for p in run.flat.parameters if not p.grad.isfinite().all()]
     return f"{at}; the gradient of layer {lost[-1].rpartition('.')[0]} is not" if lost else None
+
+
+KNOWN = (ConfigError, RunFailed, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt)
+
+
+def in_words(error: BaseException, run: TrainingStep) -> tuple[type[BaseException] | None, str]:
+    """What to raise in place of an exception that ended a run, and one line to say; None where it says all itself."""
+    lines = str(error).split("\n")
+    if isinstance(error, torch.OutOfMemoryError):
+        fewer = [n for n in range(run.group_size, run.microbatch, run.group_size) if run.local_batch % n == 0]
+        what = f"train.microbatch: {run.device} has no memory for {run.microbatch} images a pass"
+        smaller = f"train.microbatch={fewer[-1]}: gradients accumulate, the batch stays" if fewer else ""
+        return ConfigError, f"{what}; set {smaller or 'a smaller network'}"
+    if isinstance(error, ConfigError):
+        return ConfigError, str(error)
+    if isinstance(error, RunFailed):
+        return RunFailed, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt, "stopped at once"
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in lines[0]:
+        return RunFailed, "a process that decodes images was killed, by want of memory?; set data.workers lower"
+    if isinstance(error, OSError | MemoryError) and len(lines) == 1:
+        return RunFailed, machine_failure(error)
+    if not isinstance(error, Exception):
+        return None, ""
+    if "Original Traceback" in str(error):  # of a process that decodes: its last line is the error
+        return RunFailed, " ".join(str(error).rstrip().split("\n")[-1].split())[:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return RunFailed, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 
 Read = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]  # int64 (B,) -> a batch of the dataset

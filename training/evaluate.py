@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from config import Config
+from config import Config, printable
 from metrics.scores import ScoreError
 from networks import Preconditioner
 from sampling.drawing import Drawing
@@ -37,13 +37,17 @@ class Evaluation:
         self.samples = samples_of(model.codec)
         self.batch = min(256, batch)  # what training has memory for; the same for any number of ranks
 
-    def draw(self, given: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    def drawing(self, given: torch.Tensor | None, count: int) -> Drawing:
+        """The first `count` samples of the run's seed."""
+        how = (self.batch, self.cfg.sample.guidance, self.cfg.sample.interval)
+        return Drawing(self.model, self.cfg.run.seed, count, *plan(self.cfg), given, *how)
+
+    def draw(self, drawing: Drawing) -> torch.Tensor | None:
         """(count, ...) on the CPU, uint8 images or vectors in their own units, with this rank's batches in their place.
 
         They are every world-th batch of one process: so its samples bit for bit.
         """
-        what = (self.model, self.cfg.run.seed, count, *plan(self.cfg), given, self.batch, self.cfg.sample.guidance)
-        drawing, (rank, world), samples = Drawing(*what), rank_and_world(), None
+        (rank, world), count, samples = rank_and_world(), drawing.num, None
         for start in range(rank * self.batch, count, world * self.batch):
             stop = min(start + self.batch, count)
             batch = drawing.draw(start, stop)
@@ -59,16 +63,28 @@ class Evaluation:
         def show(samples: torch.Tensor) -> None:
             path = self.folder / "samples" / f"step-{step:08d}"
             path, picture = self.samples.write_grid(samples, given, path)
+            classes = self.classes_shown(given)
             if picture is not None:
-                self.log.picture(step, picture)
-            self.log.say(f"samples: {path}")
+                self.log.picture(step, picture, classes)
+            self.log.say(f"samples: {path}{f' ({classes})' if classes else ''}")
 
-        return Share(self.draw(given, count), count, self.batch, show)
+        return Share(self.draw(self.drawing(given, count)), count, self.batch, show)
+
+    def classes_shown(self, given: torch.Tensor | None) -> str:
+        """Which class a grid's columns are of; "" where they are of none."""
+        names = getattr(self.model.codec, "classes", None)
+        if given is None or not names:
+            return ""
+        shown = [names[i] for i in dict.fromkeys(given.tolist())]
+        more = f" and {len(shown) - 20:,} more" if len(shown) > 20 else ""
+        how = "columns" if 1 < len(names) <= 20 else "classes in turn"
+        return printable(f"{how}: {', '.join(shown[:20])}{more}")
 
     def score(self, step: int) -> Share:
         """The scores of samples; one that cannot be had is said, and loses nothing."""
         count = self.samples.to_score(self.cfg.metrics.num, self.dataset)
         given = self.dataset.draw_given(self.cfg.run.seed, range(count))
+        drawing = self.drawing(given, count)
 
         def show(samples: torch.Tensor) -> dict[str, float] | None:
             device = next(self.model.parameters()).device
@@ -78,7 +94,8 @@ class Evaluation:
                 self.log.say(f"no score: {error}")
                 return None
             self.log.curves(step, scores)
-            self.log.say(f"score: {self.samples.describe(scores, self.cfg, count)}")
+            said = self.samples.describe(scores, self.cfg, count, self.dataset, drawing)
+            self.log.say(f"score at {drawing.nfe} NFE: {said}")
             return scores
 
-        return Share(self.draw(given, count), count, self.batch, show)
+        return Share(self.draw(drawing), count, self.batch, show)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -75,10 +76,23 @@ class RunLog:
         self.add(self.folder / "metrics.jsonl", (json.dumps({"step": step, **finite}) + "\n").encode())
         self.draw(*(Event(step=step, summary=summary.scalar(name, value)) for name, value in values.items()))
 
-    def picture(self, step: int, image: torch.Tensor) -> None:
-        """A uint8 image (3, H, W) into TensorBoard."""
+    def data(self, step: int, facts: dict[str, Any]) -> None:
+        """Append {"step": step, "data": facts} to metrics.jsonl, unless the last such entry says the same."""
+        path = self.folder / "metrics.jsonl"
+        if not self.shown:
+            return
+        with suppress(OSError):
+            known = [line for line in path.read_text(encoding="utf-8").splitlines() if '"data": ' in line]
+            if known and json.loads(known[-1]).get("data") == facts:
+                return
+        self.add(path, (json.dumps({"step": step, "data": facts}) + "\n").encode())
+
+    def picture(self, step: int, image: torch.Tensor, caption: str = "") -> None:
+        """A uint8 image (3, H, W) into TensorBoard, and what is said of it there."""
         if self.shown:
-            self.draw(Event(step=step, summary=summary.image("samples", image, dataformats="CHW")))
+            entry = summary.image("samples", image, dataformats="CHW")
+            entry.value[0].metadata.summary_description = caption
+            self.draw(Event(step=step, summary=entry))
 
     def draw(self, *events: Event) -> None:
         """Append events to TensorBoard's file; SummaryWriter's thread ends for good at the first write that fails."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +10,19 @@ from typing import Any
 
 import checkpoints
 import config
+from checkpoints.averages import save_snapshot
 from checkpoints.disk import refuse_links, sweep, write_atomically
 from config import Config, ConfigError, RunFailed
 from metrics.scores import better
+from training.devices import restarted_by_torchrun
 
 # Settings that a resumed run may change: they decide where and how fast it runs, not what it computes.
 FREE = frozenset(
     [f"run.{k}" for k in ("name", "dir", "device")]
-    + [f"data.{k}" for k in ("dir", "path", "workers", "memory_gb")]
+    + [f"data.{k}" for k in ("dir", "path", "workers", "memory_gb", "on_broken")]
     + [f"train.{k}" for k in ("microbatch", "checkpointing", "compile", "log_every", "save_every", "keep", "init_from")]
     + [f"train.{k}" for k in ("on_save_error", "max_bad_steps")]
+    + ["ema.snapshot_every"]
     + ["objective.teacher", "objective.lpips_weights"]  # where they lie; the teacher's weights are in the checkpoint
     + [f"sample.{k}" for k in config.Sample.model_fields]
     + [f"metrics.{k}" for k in config.Metrics.model_fields]
@@ -36,13 +40,19 @@ class RunFolder:
         self.best: dict[str, Any] | None = None  # the scores in best.ckpt, and the metric they are by
 
     def check(self, resume: bool) -> None:
-        """Raise ConfigError for a folder that holds a run already, or leads out of itself."""
-        if not resume and (self.path / "config.yml").exists():
+        """Raise ConfigError for a folder that holds a run already, or none to resume, or leads out of itself."""
+        refuse_links(self.path)
+        begun = (self.path / "config.yml").exists()
+        if resume and not checkpoints.saved(self.checkpoints) and not restarted_by_torchrun():
+            advice = "remove the folder, and start" if begun else "give the config.yml of a run, or start one"
+            raise ConfigError(
+                f"--resume: {self.path}: no checkpoint is saved there to go on from; {advice} without --resume"
+            )
+        if not resume and begun:
             raise ConfigError(
                 f"run.dir: {self.path} already holds a run; add --resume to continue it, or name another folder: "
-                f"run.dir={self.path}-2"
+                + shlex.quote(f"run.dir={self.path}-2")
             )
-        refuse_links(self.path)
 
     def open(self) -> None:
         """Make the folder with its config; remove what killed processes left half written. Raises ConfigError."""
@@ -58,7 +68,8 @@ class RunFolder:
         write_atomically(self.path / "config.yml", lambda file: file.write(text))
 
     def newest(self, scheduled: bool) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint and its state, checked against this run's config; None where none was saved.
+        """The newest whole checkpoint and its state, checked against this run's config; None where none was saved, as
+        where torchrun restarts a run that ended before.
 
         scheduled: whether what a step computes depends on the run's length, which then must be the same.
         """
@@ -88,6 +99,10 @@ class RunFolder:
         if self.write(state, lambda: checkpoints.save(state, self.checkpoints, step, keep)):
             self.saved = step
 
+    def keep_snapshot(self, state: dict[str, Any]) -> None:
+        """Keep the averages of ema.std as they are at this step, for `python ema.py rebuild`."""
+        self.write(state, lambda: save_snapshot(state, self.path / "snapshots"))
+
     def keep_best(self, state: dict[str, Any], scores: dict[str, float]) -> None:
         """Keep a state as best.ckpt if it scores better, by the same metric, than the one there."""
         metric = self.cfg.metrics.model_dump(exclude={"every", "at_end"})
@@ -101,6 +116,7 @@ class RunFolder:
 
         Weights that are not finite are not written.
         """
+        self.problem = ""
         try:
             parts = (state["model"], state["objective"], *state["ema"])
             if not all(value.isfinite().all() for part in parts for value in part.values()):
@@ -120,10 +136,14 @@ class RunFolder:
             self.say(f"warning: {message}")
             return False
 
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run."""
+        return config.command("main.py", "--cfg", self.path / "config.yml", "--resume")
+
     def next_command(self, step: int) -> str:
         """What a run that ended at `step` says. Raises RunFailed where that step is not saved."""
-        name, last = self.path / "config.yml", self.checkpoints / "last.ckpt"
-        resume = f"python main.py --cfg {name} --resume"
+        name, last, resume = self.path / "config.yml", self.checkpoints / "last.ckpt", self.resume_command
         if self.saved < step:
             raise RunFailed(
                 f"{self.checkpoints}: step {step:,} could not be saved ({self.problem}); the newest checkpoint is of "
@@ -131,4 +151,36 @@ class RunFolder:
             )
         if step < self.cfg.train.steps:
             return f"stopped at step {step:,}; continue with\n  {resume}"
-        return f"done; sample and score with\n  python generate.py --cfg {name} --ckpt {last} --calc_fid"
+        cfg, sample = self.cfg, config.command("generate.py", "--cfg", name, "--ckpt", last)
+        if cfg.metrics.features == "classifier" and not cfg.data.conditional and cfg.data.name == "folder":
+            return f"done; sample with\n  {sample}"  # there may be no labels to train a classifier on
+        return f"done; sample and score with\n  {sample} --calc_fid"
+
+
+def other_data(there: dict[str, Any], here: dict[str, Any], kind: str) -> str | None:
+    """How a run's data differ from its checkpoint's, by their codecs' state(); None where they are the same.
+
+    kind: images or vectors. What one of the two does not know, as an older checkpoint, is not compared.
+    """
+    old, new = there.get("data") or {}, here.get("data") or {}
+    found = []
+    if (was := there.get("classes")) and (now := here.get("classes")) and was != now:
+        i = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), None)
+        if i is not None:
+            found.append(f"class {i} was {was[i]!r}, is {now[i]!r}")
+        if len(was) != len(now):
+            found.append(f"{len(now):,} classes, were {len(was):,}")
+    if old and new:
+        a, b = ("x".join(map(str, [*data["size"], data["channels"] or 1])) for data in (old, new))
+        if a != b:
+            found.append(f"{kind} of {b}, were of {a}")
+        if old["count"] != new["count"]:
+            found.append(f"{new['count']:,} {kind}, were {old['count']:,}")
+        elif was and was == now and old["counts"] != new["counts"]:
+            i = next(i for i, (a, b) in enumerate(zip(old["counts"], new["counts"], strict=True)) if a != b)
+            found.append(f"class {i} ({was[i]!r}) has {new['counts'][i]:,} {kind}, had {old['counts'][i]:,}")
+        if None not in (a := old["fingerprint"], b := new["fingerprint"]) and a != b:
+            found.append(f"other {kind}: fingerprint {b}, was {a}")
+    if not found and there["scaling"] != here["scaling"]:
+        found.append("their mean, spread or bounds are others")
+    return "; ".join(found) or None

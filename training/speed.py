@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from objectives.draws import Draws
 from training.step import HALF, TrainingStep
 
 _aten = torch.ops.aten
@@ -113,10 +114,14 @@ class Speedometer:
     def flops_per_image(self, values: torch.Tensor, given: torch.Tensor | None) -> float:
         """Of the step just done, from a pass over the first rows of its batch: nothing moves but the gradient."""
         run, rows = self.step, self.step.group_size
+        if differ := getattr(run.objective, "rows_differ", False):
+            rows = run.microbatch
         now, run.step = run.step, max(run.step - 1, 0)
         try:
             with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
                 x, conditions, draws = run.prepare(values[:rows], None if given is None else given[:rows], 0)
+                if differ:  # in the shares of a whole batch
+                    draws = Draws(0, rows, device=run.device)
                 what = {"step": run.step, "draws": draws, **conditions}
                 return flops(lambda: run.objective(run.model, x, **what).loss.mean().backward()) / rows
         finally:

@@ -11,14 +11,21 @@ import torch.distributed as dist
 
 from config import Config, ConfigError, Train, in_steps
 from ema import EMA, decay_from_half_life
-from networks import Preconditioner
+from networks import Wrapper
 from objectives.draws import Draws, key
 from training.devices import rank_and_world, talk
 from training.flat import FlatParameters
 
 
 def learning_rate(step: int, cfg: Train) -> float:
-    """Learning rate of step k, counted from 0: a linear rise, then held, or falling to 0 at the end."""
+    """Learning rate of step k, counted from 0: a linear rise, then held, or falling.
+
+    EDM2's inverse_sqrt counts the steps before this one, so a first step that rises has rate 0 (2312.02696 eq. 67).
+    """
+    if cfg.lr_decay == "inverse_sqrt":
+        warmup = in_steps(cfg.lr_warmup, cfg.steps, whole=False)
+        rise = min(step / warmup, 1.0) if warmup else 1.0
+        return cfg.lr * rise / math.sqrt(max(step / cfg.lr_decay_batches, 1.0))
     warmup = in_steps(cfg.lr_warmup, cfg.steps)
     rise = min((step + 1) / warmup, 1.0) if warmup else 1.0
     done = min(step / cfg.steps, 1.0)
@@ -50,11 +57,10 @@ class TrainingStep:
     Where precision is chosen by `auto`, a step that half precision would get wrong (objective.in_half) is float32.
     """
 
-    def __init__(
-        self, cfg: Config, codec: torch.nn.Module, model: Preconditioner, objective: torch.nn.Module, precision: str
-    ):
+    def __init__(self, cfg: Config, codec: torch.nn.Module, model: Wrapper, objective: torch.nn.Module, precision: str):
         self.cfg, self.codec, self.model, self.objective, self.precision = cfg, codec, model, objective, precision
         self.step = 0  # optimizer steps done
+        self.whole = True  # False while an update moves the state: then it is of no step
         self.rank, self.world = rank_and_world()
         self.device = next(model.parameters()).device
         self.dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -66,16 +72,20 @@ class TrainingStep:
                 f"train.batch_size: a pass of {self.microbatch} images on each of {self.world} devices is no multiple "
                 f"of the {self.group_size} that objective {cfg.objective.name} takes together"
             )
-        decays = cfg.ema.decay
+        decays = cfg.ema.decay or []
         if cfg.ema.half_life_kimg:
             decays = [decay_from_half_life(kimg * 1000, cfg.train.batch_size) for kimg in cfg.ema.half_life_kimg]
         self.emas = [EMA(model, decay, cfg.ema.warmup) for decay in decays]
+        self.emas += [EMA(model, std=std) for std in cfg.ema.std or []]
+        self.forced = [module for module in model.modules() if hasattr(module, "force_weights")]  # EDM2's network
+        for network in self.forced:
+            network.forcing = False  # not in each pass: once a step, so that microbatches change nothing
         self.flat = FlatParameters([p for m in (model, objective) for p in m.parameters() if p.requires_grad])
         self.gradient = self.flat.gradient
         self.optimizer = build_optimizer(cfg.train, self.flat.vector)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         parts = [model, *objective.modules()]
-        self.networks = [m for m in parts if isinstance(m, Preconditioner) and m.autocast]  # in half precision
+        self.networks = [m for m in parts if isinstance(m, Wrapper) and m.autocast]  # in half precision
         self.sums: dict[str, Any] = defaultdict(float)  # since the last log; tensors stay on the device
         self.counts: dict[str, Any] = defaultdict(float)  # of the sums that are not over steps
         self.logged = 0  # the step of the last log
@@ -84,22 +94,27 @@ class TrainingStep:
 
     def __call__(self, values: torch.Tensor, given: torch.Tensor | None) -> None:
         """One optimizer step on this rank's values (B, ...) and what is given with them, labels or conditions."""
+        for network in self.forced:
+            network.force_weights()
         self.backward(values, given)
         if self.world > 1:
             talk(dist.all_reduce, self.gradient)
             self.gradient /= self.world
+        self.whole = False
         self.update(learning_rate(self.step, self.cfg.train))
         if hasattr(self.objective, "after_step"):
             self.objective.after_step(self.model, step=self.step)
         for ema in self.emas:
             ema.update(self.model, self.step + 1)
         self.step += 1
+        self.whole = True
 
     def backward(self, values: torch.Tensor, given: torch.Tensor | None) -> None:
         """The gradient of this rank's batch, in microbatches."""
         starts = range(0, self.local_batch, self.microbatch)
         self.gradient.zero_()
-        half = self.cfg.train.precision != "auto" or getattr(self.objective, "in_half", lambda step: True)(self.step)
+        in_half = getattr(self.objective, "in_half", lambda step, model: True)
+        half = self.cfg.train.precision != "auto" or in_half(self.step, self.model)
         for network in self.networks:
             network.autocast = HALF[self.precision] if half else None
         for start in starts:
@@ -184,6 +199,7 @@ class TrainingStep:
             "optimizer": {k: self.flat.split(v) if v.shape == self.gradient.shape else v for k, v in own.items()},
             "scaler": self.scaler.state_dict(),
             "skipped": int(self.skipped),
+            "streak": int(self.streak),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -198,6 +214,7 @@ class TrainingStep:
         if state["scaler"]:  # none where another device, which needed none, wrote it
             self.scaler.load_state_dict(state["scaler"])
         self.skipped.fill_(state.get("skipped", 0))
+        self.streak.fill_(state.get("streak", 0))
         self.step = self.logged = state["step"]
         if self.cfg.train.microbatch == "auto":  # what was found holds: the sums' order is part of a run's numbers
             self.microbatch = math.gcd(self.local_batch, state.get("microbatch", self.local_batch))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +16,8 @@ import checkpoints
 import config
 import data
 from config import Config, ConfigError, RunFailed, in_steps
-from training.build import build_model, build_objective, compile_networks, load_teacher
+from sources.codecs import codec_from
+from training.build import build_model, build_objective, compile_networks, load_teacher, say_what_attends_nowhere
 from training.devices import (
     any_rank,
     from_rank_0,
@@ -26,24 +30,29 @@ from training.devices import (
     set_arithmetic,
     wait_for_all,
 )
-from training.diagnose import find_microbatch, what_went_bad
+from training.diagnose import KNOWN, find_microbatch, in_words, what_went_bad
 from training.evaluate import Evaluation, Share
 from training.logs import RunLog
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, other_data
 from training.speed import Speedometer, peak_memory
 from training.step import TrainingStep
 
 
-def train(cfg: Config, resume: bool = False) -> None:
+def train(cfg: Config, resume: bool = False, on_other_data: bool = False) -> None:
     """Train as `cfg` says, in its run folder; `resume` goes on from the newest good checkpoint there.
 
-    Raises ConfigError for what the user must change, RunFailed where the machine or the numbers end it.
+    on_other_data: also where the data are not those of the checkpoint. Raises ConfigError for what the user must
+    change, RunFailed where the machine or the numbers end it; what was trained is saved first.
     """
     RunFolder(cfg).check(resume)
     try:
         run = Trainer(cfg)
         if resume:
-            run.resume()
+            run.resume(on_other_data)
+        elif run.rank == 0:
+            say_what_attends_nowhere(cfg, run.train_step.model)
+            if run.train_step.model.started:
+                print(run.train_step.model.started)
         mine = (config.dump(cfg), run.train_step.step)
         if from_rank_0(mine) != mine:
             raise ConfigError(
@@ -75,53 +84,82 @@ class Trainer:
         used = torch.nn.ModuleList([objective, *sampled])
         compile_networks(cfg.train.compile, model, used, shown=self.rank == 0)
         self.stopping = self.interruptible = False
+        self.unread: Exception | None = None  # why the next batch cannot be had
+        self.mending = False  # for bad data, of this rank or another: a file will be mended, and then is another
 
     def state(self) -> dict[str, object]:
         """What a checkpoint holds: all that the run needs to go on, and how to make its model."""
-        return {**self.train_step.state(), "config": self.cfg.model_dump(), "data": self.train_step.codec.state()}
+        known = self.train_step.codec.state()
+        if self.mending and known["data"]:
+            known["data"] = {**known["data"], "fingerprint": None}
+        return {**self.train_step.state(), "config": self.cfg.model_dump(), "data": known}
 
-    def resume(self) -> None:
-        """Take the state of the newest whole checkpoint of the run folder; stay at step 0 where none was saved yet."""
+    def resume(self, on_other_data: bool = False) -> None:
+        """Take the state of the newest whole checkpoint of the run folder; stay at step 0 where torchrun restarts a run
+        that has saved none yet. Raises ConfigError, also where the data are not the checkpoint's, unless so meant."""
         shares = (self.cfg.train.lr_warmup, *(getattr(self.cfg.objective, name, None) for name in ("stage", "warmup")))
-        scheduled = getattr(self.train_step.objective, "scheduled", False) or self.cfg.train.lr_decay != "none"
+        falls = self.cfg.train.lr_decay in ("linear", "cosine")
+        scheduled = falls or getattr(self.train_step.objective, "scheduled", False)
         found = self.folder.newest(scheduled or any(isinstance(share, float) for share in shares))
         if found is None:
             return
         path, state = found
-        if state["data"]["scaling"] != self.train_step.codec.state()["scaling"]:
-            raise ConfigError(f"data.path: {self.cfg.data.path} does not hold the vectors that {path} was trained on")
+        try:
+            codec = self.train_step.codec
+            different = other_data(state["data"], codec.state(), codec.kind)
+        except (AttributeError, KeyError, TypeError, ValueError, StopIteration):  # a file made by hand
+            raise checkpoints.CheckpointError(f"{path}: what it says of its data cannot be read") from None
+        if different:
+            self.take_other_data(path, state["data"], different, on_other_data)
         try:
             self.train_step.load_state(state)
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise checkpoints.CheckpointError(f"{path}: does not fit this run ({reason})") from None
 
+    def take_other_data(self, path: Path, trained: dict[str, Any], different: str, meant: bool) -> None:
+        """Go on with other data than the checkpoint's, `trained`, where they are meant; else raise ConfigError."""
+        d, step = self.cfg.data, self.train_step
+        where = f"data.path: {d.path}" if d.path else f"data.name: {d.name}"
+        what = f"{where} does not hold the {step.codec.kind} that {path} was trained on: {different}"
+        if not meant:
+            raise ConfigError(f"{what}; give those back, or add --other-data to go on with these")
+        if self.rank == 0:
+            print(f"warning: {what}; going on with these (--other-data)", file=sys.stderr)
+        if trained["scaling"]:  # the network knows vectors in the units that it was trained in
+            codec = codec_from(trained).to(self.device)
+            codec.facts = step.codec.facts
+            step.codec = step.model.codec = codec
+            for ema in step.emas:
+                ema.module.codec = codec
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """With the run folder and its logs open, the signals that end a run taken over, and failures put in words."""
+        """With the run folder and its logs open and the signals that end a run taken over.
+
+        Whatever ends it, the last whole step is saved first, and the reason put in one line.
+        """
         cfg, step = self.cfg, self.train_step
         if self.rank == 0:
             self.folder.open()
-        before = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self.on_signal) for number in data.ENDING if not hung_up(number)}
+        began = step.step
         self.log = RunLog(self.folder.path, step.step, cfg.train.steps, cfg.train.batch_size, shown=self.rank == 0)
         self.folder.say = self.log.say
         try:
             yield
-        except torch.OutOfMemoryError:
-            fewer = [n for n in range(step.group_size, step.microbatch, step.group_size) if step.local_batch % n == 0]
-            advice = (
-                f"train.microbatch={fewer[-1]}: gradients accumulate, the batch stays" if fewer else "a smaller network"
-            )
-            raise ConfigError(
-                f"train.microbatch: {self.device} has no memory for {step.microbatch} images a pass; set {advice}"
-            ) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunFailed(
-                f"{self.folder.path}: a process that decodes images was killed, by want of memory?; the newest "
-                f"checkpoint is of step {self.folder.saved:,}; set data.workers lower, and continue with --resume"
-            ) from None
+        except BaseException as error:
+            self.log.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                traceback.clear_frames(error.__traceback__)  # they hold what the pass that did not fit had made
+            newly = self.save_last_step(error)
+            kind, words = in_words(error, step)
+            if kind is None or (step.step == began and not isinstance(error, KNOWN)):
+                raise  # of an error in a run's first step, as of a new method, all is told
+            if newly or (self.folder.saved and not isinstance(error, RunFailed)):
+                saved = f"step {self.folder.saved:,} is saved; " if self.rank == 0 else ""
+                words += f"; {saved}continue with: {self.folder.resume_command}"
+            raise kind(words) from error
         finally:
             self.log.close()
             for number, handler in before.items():
@@ -139,7 +177,10 @@ class Trainer:
     def loop(self) -> None:
         """Train to the last step, logging, sampling, scoring and saving on the way."""
         cfg, step, total = self.cfg, self.train_step, self.cfg.train.steps
+        for line in self.dataset.said() if self.rank == 0 else ():
+            self.log.say(line)
         self.log.say(self.first_line())
+        self.log.data(step.step, self.dataset.facts())
         resident = self.on_device()
         if cfg.train.microbatch == "auto" and self.device.type == "cuda" and step.step == 0:
             find_microbatch(step, lambda rows: self.dataset.read(rows % len(self.dataset)))
@@ -148,15 +189,23 @@ class Trainer:
         evaluation = Evaluation(cfg, self.dataset, step.emas[0].module, self.folder.path, self.log, room)
         rows = (self.rank * step.local_batch, (self.rank + 1) * step.local_batch)
         batches = data.batches(resident, cfg.run.seed, cfg.train.batch_size, step.step, rows, cfg.data.workers)
-        stop = False
+        upcoming = self.read(batches)
+        stop = any_rank(self.unread is not None)
         while step.step < total and not stop:
-            batch = next(batches)
+            batch = upcoming
             step(*batch)
-            last, stop = step.step == total, any_rank(self.stopping)
+            last = step.step == total
+            upcoming = None if last else self.read(batches)  # before the vote: all ranks stop where one cannot go on
+            stop = any_rank(self.stopping or self.unread is not None)
+            if stop:
+                self.mending = any_rank(isinstance(self.unread, ConfigError))
             due = {
                 what: not stop and every > 0 and step.step % in_steps(every, total) == 0
                 for what, every in (("grid", cfg.sample.every), ("score", cfg.metrics.every))
             }
+            every = cfg.ema.snapshot_every if cfg.ema.std else 0
+            if self.rank == 0 and every and (last or step.step % in_steps(every, total) == 0):
+                self.folder.keep_snapshot(self.state())  # before the checkpoint: a run that goes on from it lacks none
             if last or step.step % in_steps(cfg.train.log_every, total) == 0:
                 self.write_log(batch)
             saving = last or stop or step.step % in_steps(cfg.train.save_every, total) == 0
@@ -175,8 +224,21 @@ class Trainer:
             if saving or showing:
                 wait_for_all()  # while rank 0 works alone; within a step ten minutes are all
         self.log.close()
+        if self.unread is not None:
+            raise self.unread
+        few = 16 if step.scaler.is_enabled() else 1  # as fp16 may take to find its scale
+        if step.step == total and (streak := int(step.streak)) > few:
+            self.stop_at_bad_steps(streak, "the last ones")
         if self.rank == 0:
             self.log.say(self.folder.next_command(step.step))
+
+    def read(self, batches: Iterator[Any]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The next batch; None, and why in self.unread, where it cannot be had."""
+        try:
+            return next(batches)
+        except Exception as error:
+            self.unread = error
+            return None
 
     def first_line(self) -> str:
         """What is trained, on what, from which step."""
@@ -231,6 +293,18 @@ class Trainer:
             keep = 2**62 if self.train_step.streak else self.cfg.train.keep
             self.folder.save(self.state(), keep)
 
+    def save_last_step(self, error: BaseException) -> bool:
+        """Save what was trained since the last checkpoint, before `error` ends the run; whether it could be saved.
+
+        Not where it ends the run because nothing can be saved, or where it came in the middle of the step's update.
+        """
+        step, refused = self.train_step, isinstance(error, RunFailed) and self.folder.problem
+        if self.rank > 0 or refused or not step.whole or step.step <= self.folder.saved:
+            return False
+        with contextlib.suppress(RunFailed):
+            self.save()
+        return self.folder.saved == step.step
+
     def write_log(self, batch: tuple[torch.Tensor, torch.Tensor | None]) -> None:
         """Log the means over the steps since the last entry; stop where all of many were bad. batch: the last one."""
         means = self.train_step.means()
@@ -239,9 +313,9 @@ class Trainer:
         self.log.progress(self.train_step.step, means, bound, peak_memory(self.device))
         streak = int(self.train_step.streak)
         if 0 < self.cfg.train.max_bad_steps <= streak:
-            self.stop_at_bad_steps(streak)
+            self.stop_at_bad_steps(streak, "train.max_bad_steps")
 
-    def stop_at_bad_steps(self, streak: int) -> None:
+    def stop_at_bad_steps(self, streak: int, why: str) -> None:
         """Save the weights, which no bad step has moved, and raise RunFailed with what went bad first, and where."""
         step, cfg = self.train_step, self.cfg
         first = step.step - streak
@@ -249,14 +323,20 @@ class Trainer:
         batch = next(data.batches(self.dataset, cfg.run.seed, cfg.train.batch_size, first, rows))
         found = of_any_rank(what_went_bad(step, first, *batch))
         found = found or "the step is finite when it is repeated: suspect the machine"
-        self.save()
+        if self.folder.saved < step.step:
+            self.save()
         wait_for_all()
         raise RunFailed(
             f"{self.folder.path}: stopped: loss or gradient not finite in {streak:,} steps in a row "
-            f"(train.max_bad_steps), from step {first + 1:,} on. Objective {cfg.objective.name}; {found}. The newest "
+            f"({why}), from step {first + 1:,} on. Objective {cfg.objective.name}; {found}. The newest "
             f"checkpoint is of step {self.folder.saved:,}, with the weights of step {min(first, self.folder.saved):,}; "
             "try a lower train.lr, train.grad_clip or train.precision=fp32 in a new run with train.init_from"
         )
+
+
+def hung_up(number: int) -> bool:
+    """Whether a signal is the end of the terminal, and nohup or its like has had it ignored."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
 class Interrupted(BaseException):
