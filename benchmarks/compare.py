@@ -160,7 +160,9 @@ def original_unet(run: trainer.Trainer, path: Path, ours: networks.Preconditione
         SongUNet = importlib.import_module("training.networks").SongUNet
     channels, resolution, _ = run.dataset.shape
     settings = run.cfg.network.model_dump()
-    for name in ("name", "precond", "c_noise", "sigma_data", "sigma_min", "sigma_max"):
+    for name in ("name", "precond", "c_noise", "times", "heads", "guidance_inputs"):
+        settings.pop(name)
+    for name in ("sigma_data", "sigma_min", "sigma_max"):
         settings.pop(name)
     for name in ("fourier_scale", "pixel_norm", "label_dropout"):  # which EDM's has not
         settings.pop(name)

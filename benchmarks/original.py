@@ -23,7 +23,8 @@ from common import checkout, flops, machine, matmul_peak, peak_memory, random_im
 import config
 from training.devices import pick_device, set_arithmetic
 
-OURS = ("name", "precond", "c_noise", "fourier_scale", "scale_shift_norm", "pixel_norm", "label_dropout")
+OURS = ("name", "precond", "c_noise", "times", "heads", "guidance_inputs")  # settings that EDM's network has not
+OURS += ("fourier_scale", "scale_shift_norm", "pixel_norm", "label_dropout")
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ and compared with a large matrix product on the same machine.
 
 import argparse
 import bisect
+import itertools
 import statistics
 import sys
 import tempfile
@@ -114,7 +115,8 @@ def timed_loop(run: trainer.Trainer, steps: int, warmup: int) -> tuple[dict[str,
 
     def timed_batches(*args: Any) -> Any:
         source = batches(*args)
-        for seen in range(warmup + steps):
+        for seen in itertools.count():
+            run.stopping = seen == warmup + steps  # the loop reads a batch ahead: it ends, and saves, without this one
             with split.section("data"):
                 batch = next(source)
             if seen == warmup:
@@ -123,7 +125,6 @@ def timed_loop(run: trainer.Trainer, steps: int, warmup: int) -> tuple[dict[str,
                 if run.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats(run.device)
                 split.start()
-            run.stopping = seen == warmup + steps - 1  # after this one the loop ends, and saves
             yield batch
 
     sections: dict[str, float] = {}

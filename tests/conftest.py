@@ -8,6 +8,7 @@ import torch
 
 import config
 from networks import Preconditioner
+from objectives.common import append_dims
 from training import trainer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,6 +39,58 @@ class Analytic(torch.nn.Module):
 
 def analytic(a: float = 1.0, precond: str = "edm") -> Preconditioner:
     return Preconditioner(Analytic(a), precond=precond)
+
+
+class Map(torch.nn.Module):
+    """u(z, t, r) = a tanh(z) cos(t) + b sin(2 r) z + c (t - r) z: the stand-in for a flow map in the golden files.
+
+    Of six numbers, it has a second head; labels, and what it is told of guidance, shift both.
+    """
+
+    clock = "time"
+
+    def __init__(self, coef, told=False):
+        super().__init__()
+        self.coef = torch.nn.Parameter(coef.clone())
+        self.heads, self.told = 1 + (len(coef) > 3), told
+
+    def forward(self, z, t, r, **conditions):
+        a, b, c = self.coef[:3]
+        t, r = append_dims(t, z), append_dims(r, z)
+        return a * torch.tanh(z) * t.cos() + b * (2 * r).sin() * z + c * (t - r) * z + self.shift(z, **conditions)
+
+    def both(self, z, t, r, **conditions):
+        d, e, f = self.coef[3:]
+        u, t, r = self(z, t, r, **conditions), append_dims(t, z), append_dims(r, z)
+        v = d * torch.tanh(z) * t.sin() + e * z + f * (t - r) * t.cos()
+        return u, v + 2 * self.shift(z, **conditions)
+
+    def shift(self, z, class_labels=None, guidance=None, interval=None):
+        shift = z.new_zeros(len(z))
+        if class_labels is not None:
+            shift = shift + class_labels @ z.new_tensor([0.3, -0.2, 0.5])
+        if self.told:
+            shift = shift + 0.1 * guidance.log() + interval @ z.new_tensor([0.2, -0.1])
+        return append_dims(self.coef[0] * shift, z)
+
+
+def trained(objective, model, x, **given):
+    """(loss of each sample, gradient of its mean by the model's coefficients)."""
+    model.zero_grad()
+    loss = objective(model, x, **given).loss
+    loss.mean().backward()
+    return loss.detach(), model.coef.grad
+
+
+def trained_on_velocity(model, z, t, r, v, tangent, p, eps, **conditions):
+    """MeanFlow's loss and gradient, written out for a velocity, a tangent and conditions."""
+    model.zero_grad()
+    one = torch.ones_like(t)
+    u, dudt = torch.func.jvp(lambda *at: model(*at, **conditions), (z, t, r), (tangent, one, 0 * one))
+    square = (u - (v - append_dims(t - r, z) * dudt).detach()).square().flatten(1).sum(1)
+    loss = square / (square.detach() + eps) ** p
+    loss.mean().backward()
+    return loss.detach(), model.coef.grad.clone()
 
 
 TINY = {
@@ -79,6 +132,10 @@ EVERY = {  # objective -> settings small enough to train in a second; those in T
     "tcm": {"df": 2.0},
     "cmt": {"steps": 4},
     "pd": {"N": 4},
+    "flow": {},
+    "meanflow": {},
+    "soflow": {"velocity_share": 0.3},
+    "imf": {},
 }
 TAUGHT = ("cd", "scd", "tcm", "cmt", "pd")
 
@@ -96,3 +153,17 @@ def teacher(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("teacher")
     trainer.train(tiny(folder, objective={"name": "edm"}, data={"augment": 0.5}))
     return str(folder / "checkpoints" / "last.ckpt")
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """torch.compile traces and differentiates, then runs eager kernels: Inductor's take minutes to build on a CPU."""
+    compiled, real = [], torch.compile
+
+    def compile(function, dynamic=None, mode=None):
+        compiled.append(mode)
+        return real(function, dynamic=dynamic, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    torch._dynamo.reset()
+    return compiled

@@ -46,6 +46,42 @@ class Mutant:
 
 
 MUTANTS = [
+    # Flow maps' networks
+    Mutant(
+        "t-r-told-as-r", "networks/flow_map.py",
+        'r if self.times == "t,r" else t - r)', "r)",
+        "MeanFlow's network is told r: another function of the two times", "flow_maps_networks:told",
+    ),
+    Mutant(
+        "columns-swapped", "networks/flow_map.py",
+        "told = torch.stack(told, dim=1)", "told = torch.stack(told, dim=1).flip(1)",
+        "t - r in the place of t: a flow model's weights start no map", "flow_maps_networks:told",
+    ),
+    Mutant(
+        "heads-swapped", "networks/flow_map.py",
+        "for f in F.split(z.shape[1], dim=1))", "for f in F.split(z.shape[1], dim=1)[::-1])",
+        "iMF's velocity sampled as its average velocity", "flow_maps_networks:heads",
+    ),
+    Mutant(
+        "linear-clock-without-sigma_data", "networks/flow_map.py",
+        "s = (t**2 + self.sigma_data**2 * (1 - t) ** 2).sqrt()", "s = (t**2 + (1 - t) ** 2).sqrt()",
+        "an EDM model's weights give another velocity", "flow_maps_networks:denoisers",
+    ),
+    Mutant(
+        "guidance-told-as-w", "networks/flow_map.py",
+        "told = (1 - 1 / w)", "told = w",
+        "iMF's network is told w, not 1 - 1/w", "flow_maps_networks:guidance",
+    ),
+    Mutant(
+        "new-columns-with-weights", "checkpoints/starting.py",
+        "new = own[name] if dim == 0 else torch.zeros_like(own[name])", "new = own[name]",
+        "a flow model's start is disturbed by the step it does not know yet", "flow_maps_start:same_velocity",
+    ),
+    Mutant(
+        "rope-without-order", "networks/dit.py",
+        "a * sin + b * cos], dim=-1)", "b * cos - a * sin], dim=-1)",
+        "a mirror, no rotation: products depend on i + j", "flow_maps_networks:rope",
+    ),
     # Preconditioning
     Mutant(
         "c_in-without-root", "networks/preconditioning.py",
@@ -54,7 +90,7 @@ MUTANTS = [
     ),
     Mutant(
         "c_in-missing", "networks/preconditioning.py",
-        "self.model((_wide(c_in, x) * x).to(dtype)", "self.model(x.to(dtype)",
+        "self.model((wide(c_in, x) * x).to(dtype)", "self.model(x.to(dtype)",
         "the input is not scaled: Kinyugo/consistency_models #18", "networks:precondition or boundary or variance",
     ),
     Mutant(
@@ -238,7 +274,8 @@ MUTANTS = [
     ),
     Mutant(
         "mask-not-shared-tcm", "objectives/tcm.py",
-        "with replayed(dropout, x.device):\n                D_r", "if dropout:\n                D_r",
+        "with replayed(dropout, x.device):\n                    D_r = model",
+        "if dropout:\n                    D_r = model",
         "two dropout masks", "objectives",
     ),
     Mutant(
@@ -263,7 +300,7 @@ MUTANTS = [
     ),
     Mutant(
         "stop-gradient-missing-tcm", "objectives/tcm.py",
-        "        with torch.no_grad():\n            with replayed", "        if True:\n            with replayed",
+        "        with torch.no_grad():\n            if forward_mode", "        if True:\n            if forward_mode",
         "the target is pulled to the student", "objectives",
     ),
     Mutant(
@@ -316,7 +353,7 @@ MUTANTS = [
     ),
     Mutant(
         "guidance-one-too-strong", "sampler.py",
-        "return D_null + w * (D - D_null)", "return D + w * (D - D_null)",
+        "return null + w * (own - null)", "return own + w * (own - null)",
         "w of another convention", "distillation",
     ),
     Mutant(
@@ -362,8 +399,28 @@ MUTANTS = [
     ),
     Mutant(
         "tcm-targets-from-the-student", "objectives/tcm.py",
-        "target = torch.where(append_dims(r, x) < self.t_prime, D_stage1, D_r)", "target = D_r",
+        "torch.where(append_dims(r, x) < self.t_prime, D_stage1, D_r)", "D_r",
         "targets below t' are not the frozen stage's", "distillation",
+    ),
+    Mutant(
+        "tcm-two-networks-in-half", "objectives/tcm.py",
+        "with in_float32(model, self.stage1):", "if True:",
+        "the rounding of two networks at almost one point", "precision:tcm",
+    ),
+    Mutant(
+        "tcm-rows-under-keys-of-others", "objectives/tcm.py",
+        "value[rows] for name, value", "value[: len(rows)] for name, value",
+        "rows taken alone get other rows' labels and masks", "precision:tcm",
+    ),
+    Mutant(
+        "tcm-no-room-for-chance", "objectives/tcm.py",
+        "mean + 6 * math.sqrt(mean + 1) + 2", "0 * mean",
+        "rows a little above t' have the student's target", "precision:tcm",
+    ),
+    Mutant(
+        "norm-tangent-of-a-fixed-mean", "networks/layers.py",
+        "dv - dv.mean(**over)", "dv",
+        "group norm's derivative does not see its mean move", "masks:derivative",
     ),
     Mutant(
         "cmt-ends-of-other-trajectories", "objectives/cmt.py",
@@ -381,8 +438,8 @@ MUTANTS = [
         "the teacher keeps its own Fourier frequencies: here, until a review", "distillation:augmentation_labels",
     ),
     Mutant(
-        "trigflow-from-edm-mlp-without-its-sign", "checkpoints/state.py",
-        "_aux_conv|out_conv|last)", "_aux_conv|out_conv)",
+        "trigflow-from-edm-mlp-without-its-sign", "checkpoints/starting.py",
+        "_aux_conv|out_conv|last|last_2)", "_aux_conv|out_conv|last_2)",
         "a mirrored denoiser on vectors: here, until a review", "vectors:sct_starts",
     ),
     Mutant(
@@ -391,7 +448,7 @@ MUTANTS = [
         "levels that only the frozen first stage knows: here, until a review", "sampler:tcm",
     ),
     Mutant(
-        "trigflow-from-edm-without-its-sign", "checkpoints/state.py",
+        "trigflow-from-edm-without-its-sign", "checkpoints/starting.py",
         "weights[name] = -weights[name]", "weights[name] = weights[name]",
         "an EDM teacher's weights in TrigFlow's clock", "distillation:runs_from_a_teacher and scd",
     ),
@@ -426,6 +483,47 @@ MUTANTS = [
         'weights = state["ema"][0]', 'weights = state["model"]',
         "the next stage starts from raw weights", "trainer:init_from",
     ),
+    # EDM2
+    Mutant(
+        "edm2-weights-not-normalised", "networks/edm2.py",
+        "return unit(self.weight.to(wide), range(1, self.weight.ndim))", "return self.weight.to(wide)",
+        "a plain convolution in the place of MPConv", "edm2:published or forces or gradient",
+    ),
+    Mutant(
+        "edm2-eps", "networks/edm2.py",
+        "EPS = 1e-4", "EPS = 1e-8",
+        "a smaller eps: rows near zero keep their length", "edm2:published or forces or pieces",
+    ),
+    Mutant(
+        "edm2-sum-shares-swapped", "networks/edm2.py",
+        "torch.lerp(a, b, t) / math.hypot(1 - t, t)", "torch.lerp(b, a, t) / math.hypot(1 - t, t)",
+        "mp_sum's t is the first's share", "edm2:published or pieces",
+    ),
+    Mutant(
+        "edm2-target-forces", "networks/edm2.py",
+        "return self.training and self.forcing and torch.is_grad_enabled()", "return self.training and self.forcing",
+        "the target's pass normalises the weights again, under the student's gradient", "edm2:forces or force",
+    ),
+    Mutant(
+        "edm2-forcing-left-out", "training/step.py",
+        "        for network in self.forced:\n            network.force_weights()\n", "",
+        "the trainer never forces: the effective learning rate falls as weights grow", "edm2:a_step_forces",
+    ),
+    Mutant(
+        "edm2-logvar-sign", "objectives/edm.py",
+        "loss = loss * torch.exp(-u) + u", "loss = loss * torch.exp(u) + u",
+        "the loss multiplied by its own size", "edm2:logvar",
+    ),
+    Mutant(
+        "power-ema-counts-before-the-step", "ema.py",
+        "power_decay(self.std, step, 1)", "power_decay(self.std, step + 1, 1)",
+        "nimg of the next step: the initialisation stays in the average", "ema:over_a_run",
+    ),
+    Mutant(
+        "ect-c_out-root", "objectives/ect.py",
+        'else c_out**2\n', 'else c_out\n',
+        "1 / c_out in place of its square", "edm2:c_out",
+    ),
     # Samplers
     Mutant(
         "heun-first-half-only", "sampler.py",
@@ -434,7 +532,7 @@ MUTANTS = [
     ),
     Mutant(
         "multistep-without-sigma_min", "sampler.py",
-        "max(sigma**2 - sigma_min**2, 0) ** 0.5 * noise", "sigma * noise",
+        "of_noise = max(level**2 - sigma_min**2, 0) ** 0.5", "of_noise = level",
         "x + s z: the point lies above s", "sampler",
     ),
     Mutant(
@@ -446,6 +544,164 @@ MUTANTS = [
         "multistep-noise-of-one-step", "sampling/drawing.py",
         'f"step {i}"', '"step"',
         "every later step adds the same noise", "sampler",
+    ),
+    # Flow maps trained
+    Mutant(
+        "meanflow-mean-for-sum", "objectives/meanflow.py",
+        "adaptive(square.sum(1),", "adaptive(square.mean(1),",
+        "the adaptive weight of a mean: haidog-yaqub/MeanFlow", "flow_maps:meanflow",
+    ),
+    Mutant(
+        "meanflow-equal-before-the-larger-is-t", "objectives/schedules.py",
+        """    if sampler == "v0":
+        t, r = torch.maximum(t, r), torch.minimum(t, r)
+    r = torch.where(equal, t, r)
+""",
+        """    r = torch.where(equal, t, r)
+    if sampler == "v0":
+        t, r = torch.maximum(t, r), torch.minimum(t, r)
+""",
+        "t of rows with r = t is the first draw, not the larger", "flow_maps:times or samplers",
+    ),
+    Mutant(
+        "meanflow-larger-is-t-in-v1", "objectives/schedules.py",
+        'if sampler == "v0":', "if True:",
+        "v1 keeps t where r is above it", "flow_maps:times or samplers",
+    ),
+    Mutant(
+        "meanflow-r-moves", "objectives/meanflow.py",
+        "torch.ones_like(t), torch.zeros_like(r))", "torch.ones_like(t), torch.ones_like(r))",
+        "du/dt along (v, 1, 1)", "flow_maps:meanflow",
+    ),
+    Mutant(
+        "adaptive-weight-with-gradient", "objectives/losses.py",
+        "square / (square.detach() + eps) ** p", "square / (square + eps) ** p",
+        "the weight is not detached", "flow_maps:matches",
+    ),
+    Mutant(
+        "meanflow-target-with-gradient", "objectives/meanflow.py",
+        "        with torch.no_grad():\n            if self.teacher", "        if True:\n            if self.teacher",
+        "the guided target moves with the weights", "flow_guidance:meanflow",
+    ),
+    Mutant(
+        "meanflow-labels-dropped-in-one-pass", "objectives/meanflow.py",
+        "along_map(model, *rows, **of_rows(conditions, first))", "along_map(model, *rows, **of_rows(labelled, first))",
+        "du/dt at the label, u at the null label", "flow_guidance:meanflow or drops",
+    ),
+    Mutant(
+        "meanflow-guided-outside-its-interval", "objectives/meanflow.py",
+        "(t >= low) & (t <= high) & ~dropped", "(t >= 0) & ~dropped",
+        "guidance at every t", "flow_guidance:meanflow",
+    ),
+    Mutant(
+        "meanflow-dropped-rows-guided", "objectives/meanflow.py",
+        "(t >= low) & (t <= high) & ~dropped", "(t >= low) & (t <= high)",
+        "the null label learns the guided velocity", "flow_guidance:meanflow",
+    ),
+    Mutant(
+        "mask-not-shared-meanflow", "objectives/meanflow.py",
+        "with replayed(dropout, x.device):", "if True:",
+        "u and du/dt drop different units", "flow_guidance:mask",
+    ),
+    Mutant(
+        "imf-along-the-pairs-velocity", "objectives/imf.py",
+        "for values in (z, t, r, tangent,", "for values in (z, t, r, v,",
+        "MeanFlow's tangent in place of the predicted one", "flow_maps:imf",
+    ),
+    Mutant(
+        "imf-derivative-with-gradient", "objectives/imf.py",
+        "_, dudt[first:] = along_map(model, *rows, **of_rows(conditions, first))",
+        "with torch.enable_grad(): dudt = dudt + torch.func.jvp(\n"
+        "                        lambda *at: model(*at, **conditions), tuple(rows[:3]), tuple(rows[3:]))[1]",
+        "du/dt is not detached", "flow_maps:imf",
+    ),
+    Mutant(
+        "imf-target-with-gradient", "objectives/imf.py",
+        "        with torch.no_grad():\n            dudt", "        if True:\n            dudt",
+        "predicted velocities move with the weights", "flow_guidance:imf",
+    ),
+    Mutant(
+        "imf-told-no-interval-at-the-tangent", "objectives/imf.py",
+        'w = torch.where((t >= low) & (t <= high), told["guidance"], 1.0)', 'w = told["guidance"]',
+        "guided outside the interval", "flow_guidance:imf",
+    ),
+    Mutant(
+        "mask-not-shared-imf", "objectives/imf.py",
+        "with replayed(dropout, x.device):", "if True:",
+        "u and du/dt drop different units", "flow_guidance:mask",
+    ),
+    Mutant(
+        "soflow-l-without-its-least-gap", "objectives/soflow.py",
+        "gap = ((t - r) * rho).clamp(min=LEAST)", "gap = (t - r) * rho",
+        "l as near to t as rho says", "flow_maps:soflow",
+    ),
+    Mutant(
+        "soflow-sum-for-mean", "objectives/soflow.py",
+        "q).square().reshape(len(x), -1).mean(1)", "q).square().reshape(len(x), -1).sum(1)",
+        "the weight of a sum", "flow_maps:soflow",
+    ),
+    Mutant(
+        "soflow-q-with-gradient", "objectives/soflow.py",
+        "        with torch.no_grad():\n            if self.guidance", "        if True:\n            if self.guidance",
+        "q moves with the weights", "flow_maps:soflow",
+    ),
+    Mutant(
+        "soflow-labels-dropped-in-one-pass", "objectives/soflow.py",
+        "self.rho(step), dropout, of_rows(conditions, first)", "self.rho(step), dropout, of_rows(labelled, first)",
+        "u_t at the null label, u_l at the label", "flow_guidance:soflow",
+    ),
+    Mutant(
+        "soflow-velocity-rows-of-each-pass", "objectives/soflow.py",
+        "draws.first(int(self.velocity_share * draws.total))", "int(self.velocity_share * draws.count)",
+        "two ranks, or microbatches, are not one batch", "ranks:passes_give and soflow",
+    ),
+    Mutant(
+        "mask-not-shared-soflow", "objectives/soflow.py",
+        "with replayed(dropout, z.device):", "if True:",
+        "u_t and u_l drop different units", "flow_guidance:mask",
+    ),
+    Mutant(
+        "denoisers-velocity-unscaled", "objectives/flow.py",
+        "teacher(z / append_dims(1 - t, z), t / (1 - t), **conditions)", "teacher(z, t / (1 - t), **conditions)",
+        "a denoiser asked at the flow's point", "flow_maps:velocity",
+    ),
+    Mutant(
+        "anchor-not-told-apart", "objectives/scm.py",
+        "network(model, x_t / sd, -t, sd, conditions)", "network(model, x_t / sd, t, sd, conditions)",
+        "FACM's two tasks at the same time", "flow_maps:anchor",
+    ),
+    # Flow maps sampled
+    Mutant(
+        "renoised-at-the-time-before", "sampler.py",
+        "of_data, of_noise = shares(level, clock)", "of_data, of_noise = shares(levels[i - 1], clock)",
+        "t for t' in (1 - t') x + t' noise", "flow_maps_sampling:soflow or spread",
+    ),
+    Mutant(
+        "last-jump-not-to-zero", "sampler.py",
+        "    for t, r in itertools.pairwise([*times, 0.0]):\n        z = z - (t - r)",
+        "    for t, r in itertools.pairwise([*times, 0.5 * times[-1]]):\n        z = z - (t - r)",
+        "the samples keep noise", "flow_maps_sampling:jumps or exact",
+    ),
+    Mutant(
+        "jumps-told-the-same-time-twice", "sampler.py",
+        "model(z, _level(t, z), _level(r, z), **conditions)", "model(z, _level(t, z), _level(t, z), **conditions)",
+        "an ODE's step in place of a jump", "flow_maps_sampling:jumps or jump or exact",
+    ),
+    Mutant(
+        "editing-in-the-other-clock", "sampling/editing.py",
+        "of_data, of_noise = shares(level, clock)", 'of_data, of_noise = shares(level, "sigma")',
+        "x + t z where (1 - t) x + t z is known to the network", "flow_maps_sampling:edits or editing",
+    ),
+    # Scores and masks
+    Mutant(
+        "a-class-scored-against-all", "metrics/scores.py",
+        "input2=FidelityImages(own, rgb)", "input2=FidelityImages(dataset, rgb)",
+        "FID of one class to the whole set: zoubohao/DenoisingDiffusionProbabilityModel-ddpm- #22", "reports_scores",
+    ),
+    Mutant(
+        "what-is-opaque-filled-in", "sampling/tasks.py",
+        "alpha < max(alpha.max(), 1)", "alpha > 0",
+        "a photo with a part erased keeps what was erased: here, until it was reported", "editing:mask_files",
     ),
     # The loop
     Mutant(
@@ -510,6 +766,74 @@ MUTANTS = [
         "data outside the range that sigma_data is for", "data:float",
     ),
     Mutant(
+        "mnist-padded-and-shrunk", "data.py",
+        "side = size if size and 28 <= size <= 32 else 32", "side = 32",
+        "MNIST at 28 pixels is not MNIST: torch/tutorials #48", "reports_data:mnist",
+    ),
+    Mutant(
+        "resized-without-antialiasing", "sources/files.py",
+        "Image.Resampling.LANCZOS", "Image.Resampling.NEAREST",
+        "pixels are left out: mseitzer/pytorch-fid #32", "reports_data:same_pixels or line",
+    ),
+    Mutant(
+        "links-to-classes-left-out", "sources/finding.py",
+        "return entry.is_dir() if", "return entry.is_dir(follow_symlinks=False) if",
+        "half of the classes are missing: pytorch/vision #1580", "reports_data:links",
+    ),
+    Mutant(
+        "splits-as-classes", "sources/finding.py",
+        "if len(set(split_of.values())) > 1:", "if False:",
+        "val/ is trained on, as a class: huggingface/datasets #4015", "reports_data:splits",
+    ),
+    Mutant(
+        "12-bits-as-16", "sources/files.py",
+        "top = white or (", "top = (",
+        "data.white_level changes nothing, images stay black", "reports_data:12_bits",
+    ),
+    Mutant(
+        "an-end-saves-nothing", "training/trainer.py",
+        "newly = self.save_last_step(error)", "newly = False",
+        "an error in mid-run costs all steps since the last save: read in other code",
+        "reports_runs:error_in_mid_run",
+    ),
+    Mutant(
+        "a-bad-batch-is-raised-at-once", "training/trainer.py",
+        "            self.unread = error\n            return None", "            raise",
+        "the checkpoint holds the fingerprint of data that are about to be mended", "reports_runs:mended_otherwise",
+    ),
+    Mutant(
+        "half-a-step-is-saved", "training/step.py",
+        "self.whole = False", "pass",
+        "a checkpoint of weights after the step and averages before it", "reports_runs:half_updated",
+    ),
+    Mutant(
+        "done-though-the-last-steps-were-bad", "training/step.py",
+        '"streak": int(self.streak)', '"streak": 0',
+        "exit code 0 and 'done' after steps that moved nothing", "reports_runs:not_finite_is_not_done",
+    ),
+    Mutant(
+        "a-moved-run-goes-back", "config/reading.py",
+        'run["dir"] = str(folder)', "pass",
+        "a renamed run folder is trained in the old place: openai/improved-diffusion #102",
+        "reports_runs:where_its_config or place_on",
+    ),
+    Mutant(
+        "resume-of-nothing-starts", "training/run_folder.py",
+        "if resume and not checkpoints.saved(self.checkpoints) and", "if False and",
+        "--resume in the wrong place starts at step 0 with exit code 0: huggingface/diffusers #2079",
+        "reports_runs:empty_place",
+    ),
+    Mutant(
+        "other-data-of-the-same-shape", "training/run_folder.py",
+        'None not in (a := old["fingerprint"], b := new["fingerprint"]) and a != b', "False",
+        "a run goes on with other images", "reports_runs:other_data_are_named",
+    ),
+    Mutant(
+        "classes-by-number-alone", "training/run_folder.py",
+        "i is not None:", "False:",
+        "a renamed class folder renumbers the classes unseen", "reports_runs:other_data_are_named",
+    ),
+    Mutant(
         "resume-starts-the-data-anew", "training/trainer.py",
         "cfg.train.batch_size, step.step, rows,", "cfg.train.batch_size, 0, rows,",
         "the first images are seen again: Hzfinfdu/Diffusion-BERT #30", "trainer:resumed_run",
@@ -557,6 +881,30 @@ MUTANTS = [
         "return self.values[indices], None if self.conditions is None else self.conditions[indices.roll(1)]",
         "actions paired with other states", "vectors:own_units",
     ),
+    Mutant(
+        "ect-snapshot-without-its-boundary", "checkpoints/edm.py",
+        '("cm", "ect", 0.003, 0.02)',
+        '("edm", "ect", 0.003, 0.02)',
+        "D(x) is not x at sigma_min: EDM's preconditioning", "imports:ect_snapshot",
+    ),
+    Mutant(
+        "diffusers-q-k-v-one-after-another", "checkpoints/diffusers.py",
+        "torch.stack([part.unflatten(0, (heads, -1)) for part in values], 2).flatten(0, 2)",
+        "torch.cat(values)",
+        "heads mixed: another attention", "imports:there_and_back",
+    ),
+    Mutant(
+        "every-openai-model-has-64-pixels", "checkpoints/openai.py",
+        "ATTENTION * min(factors, default=0)",
+        "64",
+        "LSUN's models attend at 8, 4 and 2 pixels", "imports:size",
+    ),
+    Mutant(
+        "home-not-expanded", "config/schema.py",
+        "    text = os.path.expanduser(text)\n",
+        "",
+        "a folder named ~ in the current one (huggingface/transformers#10628)", "reports_messages:home",
+    ),
 ]  # fmt: skip
 
 
@@ -566,7 +914,7 @@ def copy_repository(source: Path, folder: Path) -> None:
         if path.suffix in (".py", ".yml", ".toml", ".json"):
             shutil.copy(path, folder / path.name)
     rooms = [path.parent.name for path in source.glob("*/__init__.py")]
-    for name in ("configs", "tests", *rooms):
+    for name in ("benchmarks", "configs", "tests", *rooms):
         shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 

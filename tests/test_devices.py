@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 import checkpoints
 import config
-from objectives import ct, draws, ect, ict, pd, tcm
+from objectives import ct, draws, ect, ict, pd, soflow, tcm
 from objectives.schedules import ect_pair
 from sources.augment import _doubling
 from sources.codecs import ImageCodec
@@ -117,7 +117,7 @@ def kind(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     monkeypatch.setattr(tcm, "truncated_student_t", lambda *law: torch.zeros(4097, dtype=torch.float64))  # by scipy
     if request.param == "mps":
-        for module, name in itertools.product((ct, ect, ict, pd, tcm), ("wide", "home")):
+        for module, name in itertools.product((ct, ect, ict, pd, soflow, tcm), ("wide", "home")):
             answer = getattr(draws, name)(torch.device("mps"))
             monkeypatch.setattr(module, name, lambda device, answer=answer: answer, raising=False)
     _doubling.cache_clear()  # a table of this test's fakes
@@ -147,7 +147,8 @@ def fake_step(cfg: config.Config, device: torch.device, precision: str, monkeypa
 
 
 CASES = [(name, {}) for name in EVERY]
-CASES += [(name, {"difference": "forward_mode"}) for name in ("ect", "ict")]
+CASES += [(name, {"difference": "forward_mode"}) for name in ("ect", "ict", "soflow")]
+CASES += [(name, {"guidance": 2.0}) for name in ("meanflow", "soflow", "imf")]
 CASES += [("cd", {"solver": "euler"}), ("tcm", {"weighting": "c_out"})]
 
 
@@ -158,8 +159,9 @@ def test_a_step_stays_on_its_device_and_reads_nothing_back(name, more, kind, tmp
     train = {"grad_clip": 1.0, "precision": "auto"}
     cfg = every_objective(tmp_path, name, "teacher.ckpt", data=data, train=train)
     cfg.objective = cfg.objective.model_copy(update=more)
-    if name not in TAUGHT:
+    if name not in TAUGHT and "guidance" not in more:
         cfg.network.label_dropout = 0.2
+    cfg.network.guidance_inputs = name == "imf" and "guidance" in more
     device = torch.device("cuda", 0)
     with FakeTensorMode(), Rules(kind) as rules:
         step = fake_step(cfg, device, "bf16" if kind == "cuda" else "fp32", monkeypatch)

@@ -23,6 +23,7 @@ SETTINGS = {
 
 
 SCORED = {"sample": {"grid": 20, "every": 10}, "metrics": {"features": "classifier", "num": 100, "every": 20}}
+GUIDED = {"objective": {"guidance": 2.0, "label_dropout": 0.4}, "network": {"label_dropout": 0.0}}
 CASES = {  # of two ranks -> objective and settings beside SETTINGS
     **{name: (name, {}) for name in EVERY},
     "ect forward mode": ("ect", {"objective": {"difference": "forward_mode"}}),
@@ -30,6 +31,7 @@ CASES = {  # of two ranks -> objective and settings beside SETTINGS
     "edm labels": ("edm", {"network": {"label_dropout": 0.4}}),
     "ect labels": ("ect", {"network": {"label_dropout": 0.4}, "objective": {"difference": "forward_mode"}, **SCORED}),
     "sct labels": ("sct", {"network": {"label_dropout": 0.4}}),
+    **{f"{name} guided": (name, GUIDED) for name in ("meanflow", "soflow", "imf")},
 }
 
 
@@ -40,6 +42,7 @@ def case(folder: Path, name: str, teacher: str) -> config.Config:
     changed = settings.pop("objective", {})
     cfg = every_objective(folder, objective, teacher, **settings)
     cfg.objective = cfg.objective.model_copy(update=changed)
+    cfg.network.guidance_inputs = objective == "imf" and "guidance" in changed
     return cfg
 
 

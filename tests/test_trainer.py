@@ -46,8 +46,13 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    "objective", [{"name": "edm"}, {"name": "ct", "s1": 8}, {"name": "ict", "s1": 40}, {"name": "ect"}]
-)
+    "objective",
+    [
+        {"name": "edm"}, {"name": "ct", "s1": 8}, {"name": "ict", "s1": 40}, {"name": "ect"}, {"name": "flow"},
+        {"name": "meanflow", "guidance": 2.0}, {"name": "soflow", "velocity_share": 0.3, "guidance": 2.0},
+        {"name": "imf", "guidance": 8.0},
+    ],
+)  # fmt: skip
 def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(objective, tmp_path, monkeypatch):
     settings = {"objective": objective, "data": {"conditional": True, "augment": 0.3}}
     trainer.train(tiny(tmp_path / "a", **settings))
@@ -63,19 +68,22 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(objective, tmp_path, monk
     monkeypatch.setattr(TrainingStep, "__call__", killed_at_step_3)
     with pytest.raises(RuntimeError, match="killed"):
         trainer.train(tiny(tmp_path / "b", **settings))
+    for name in ("last", "step-00000003"):  # as if it had been killed outright: it saves the last whole step
+        (tmp_path / "b" / "checkpoints" / f"{name}.ckpt").unlink()
     torch.manual_seed(999)  # another process would start from other generator states
     trainer.train(tiny(tmp_path / "b", **settings), resume=True)
     assert calls == [0, 1, 2, 3, 2, 3, 4, 5]  # it went on from the checkpoint of step 2
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [2, 4, 6]
+    assert steps == [0, 2, 4, 6]  # the first says what the data are
 
 
 def test_training_learns_and_leaves_a_whole_run_folder(tmp_path, capsys):
     settings = {"steps": 60, "batch_size": 64, "lr": 3e-3, "log_every": 10, "save_every": 25}
     trainer.train(tiny(tmp_path / "r", train=settings, objective={"name": "edm"}))
     folder = tmp_path / "r"
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    first, *entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert first["data"]["count"] == 1797 and first["data"]["classes"]["9"] == 180 and first["step"] == 0
     assert [e["step"] for e in entries] == [10, 20, 30, 40, 50, 60] and entries[-1]["loss"] < 0.9 * entries[0]["loss"]
     assert (
         entries[-1]["images"] == 60 * 64 and entries[-1]["images_per_second"] > 0 and entries[-1]["skipped_steps"] == 0
@@ -93,7 +101,8 @@ def test_training_learns_and_leaves_a_whole_run_folder(tmp_path, capsys):
     assert len(bins) == 4 and min(bins) < entries[0]["loss"] < max(bins)
     assert events.Tags()["images"] == ["samples"]
     said = capsys.readouterr().out
-    command = f"python generate.py --cfg {folder}/config.yml --ckpt {folder}/checkpoints/last.ckpt --calc_fid"
+    last = folder / "checkpoints" / "last.ckpt"
+    command = config.command("generate.py", "--cfg", folder / "config.yml", "--ckpt", last, "--calc_fid")
     assert said.rstrip().endswith(command) and "step 60/60" in said
 
 
@@ -216,7 +225,8 @@ def test_the_learning_rate_reaches_the_optimizer(tmp_path):
 def test_samples_in_training_are_from_the_average(tmp_path):
     run = trainer.Trainer(tiny(tmp_path))
     step = run.train_step
-    draw = lambda: evaluation_of(run, tmp_path).draw(None, 4)  # noqa: E731
+    evaluation = evaluation_of(run, tmp_path)
+    draw = lambda: evaluation.draw(evaluation.drawing(None, 4))  # noqa: E731
     before = draw()
     for module, changes in ((step.model, False), (step.emas[1].module, False), (step.emas[0].module, True)):
         with torch.no_grad():
@@ -326,12 +336,13 @@ def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.time() + 60
-    while not (tmp_path / "r" / "metrics.jsonl").exists() and time.time() < deadline:
+    log = tmp_path / "r" / "metrics.jsonl"
+    while not (log.exists() and '"loss"' in log.read_text()) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert said.rstrip().endswith(f"python main.py --cfg {tmp_path}/r/config.yml --resume")
+    assert said.rstrip().endswith(config.command("main.py", "--cfg", tmp_path / "r" / "config.yml", "--resume"))
     assert checkpoints.load(tmp_path / "r" / "checkpoints" / "last.ckpt")["step"] >= 2
 
 
@@ -377,7 +388,7 @@ def test_sampling_and_scoring_do_not_count_as_training(tmp_path, monkeypatch):
     real = TrainingStep.__call__
     monkeypatch.setattr(TrainingStep, "__call__", lambda self, *batch: (time.sleep(0.02), real(self, *batch)))
     trainer.train(tiny(tmp_path, sample={"every": 3}, train={"steps": 12, "log_every": 2, "save_every": 100}))
-    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][1:]
     speeds = [entry["images_per_second"] for entry in entries]
     assert len(speeds) == 6 and min(speeds) > 60 and max(speeds) < 16 / 0.02 * 1.01
 
@@ -387,7 +398,7 @@ def test_a_run_says_its_speed_in_the_fields_terms(tmp_path, monkeypatch, capsys)
     fails there is no MFU."""
     for name, every in (("a", 2), ("b", 6)):
         trainer.train(tiny(tmp_path / name, train={"log_every": every, "keep": 9}))
-    entries = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()][1:]
     assert len(entries) == 3 and all(0 < e["mfu"] < 1 and 0.05 < e["peak_memory_gb"] < 100 for e in entries)
     assert {"mfu", "peak_memory_gb"} <= set(EventAccumulator(str(tmp_path / "a")).Reload().Tags()["scalars"])
     assert re.search(r"step 6/6  loss \S+  [\d,]+ images/s, MFU [\d.]+%, \d+\.\d GB  ", capsys.readouterr().out)

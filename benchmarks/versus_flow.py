@@ -1,0 +1,108 @@
+"""The pairs of benchmarks/versus.py that tell the network two times: MeanFlow, SoFlow, iMF, ours and theirs."""
+
+from __future__ import annotations
+
+import importlib
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from versus_sides import Method, imported, network, on_cpu, ours
+
+import objectives
+
+# Times of the digits, not CIFAR-10's: both sides get the same.
+MEANFLOW = {"P_mean_t": -0.6, "P_std_t": 1.6, "P_mean_r": -4.0, "P_std_r": 1.6, "ratio": 0.75}
+ADAPTIVE = {"p": 0.75, "eps": 1e-3}
+RHO = (1.0, 0.0003125)  # SoFlow's, at the first and the last step
+
+
+def flow_map(**settings: Any) -> torch.nn.Module:
+    """The default run's network as a flow map that is told t and t - r; the same weights every time."""
+    return network(**{"precond": "flow", "c_noise": "time", "times": "t,t-r", "heads": 1, **settings})
+
+
+def one_step(model: torch.nn.Module, z: torch.Tensor) -> torch.Tensor:
+    one = torch.ones(len(z))
+    return z - model(z, one, 0 * one)
+
+
+# MeanFlow -------------------------------------------------------------------------------------------------------------
+
+
+def our_meanflow(folder: Path, steps: int) -> Method:
+    return ours(objectives.MeanFlow(sampler="v1", **MEANFLOW, **ADAPTIVE), flow_map(), one_step)
+
+
+def py_meanflow(folder: Path, steps: int) -> Method:
+    with imported(folder / "py-meanflow" / "meanflow"):
+        code = importlib.import_module("models.meanflow")
+    model = flow_map()
+    args = types.SimpleNamespace(tr_sampler="v1", **MEANFLOW, norm_p=ADAPTIVE["p"], norm_eps=ADAPTIVE["eps"])
+
+    def net(z: torch.Tensor, times: tuple[torch.Tensor, torch.Tensor], aug_cond: None) -> torch.Tensor:
+        t, h = times
+        return model(z, t, t - h)
+
+    theirs = types.SimpleNamespace(net=net, args=args)
+
+    def sample(average: torch.nn.Module, z: torch.Tensor) -> torch.Tensor:  # its sample(): z_1 - u(z_1, 1, 1)
+        return one_step(average, z)
+
+    return Method(model, lambda x, step: code.MeanFlow.forward_with_loss(theirs, x, None), sample)
+
+
+# SoFlow ---------------------------------------------------------------------------------------------------------------
+
+
+def our_soflow(folder: Path, steps: int) -> Method:
+    return ours(objectives.SoFlow(steps, rho=RHO, **ADAPTIVE), flow_map(), one_step)
+
+
+def original_soflow(folder: Path, steps: int) -> Method:
+    with imported(folder / "soflow", "unet", "dit", SongUNet=lambda **settings: None, DiT=None):
+        code = importlib.import_module("models")
+    model, theirs = flow_map(), code.Soflow(model_type="UNet")
+    theirs.network = lambda x, t, s, labels, augment: model(x, t.flatten(), s.flatten())
+    how = {"labels": None, "cfg_mask": None, "cfg_scale": 1.0, "cfg_decay_time": 1.0, **ADAPTIVE}
+
+    def loss(x: torch.Tensor, step: int) -> torch.Tensor:
+        shape = (len(x), 1, 1, 1)  # times as its train.py draws them, and l
+        s, t = ((mean + 1.6 * torch.randn(shape)).sigmoid() for mean in (-4.0, -0.9))
+        t = t.clamp(min=1e-4)
+        s = torch.min(s, t - 1e-4)
+        l = torch.min(theirs.get_middle_time(t, s, step, steps, *RHO, method="Exponent"), t - 1e-4)  # noqa: E741
+        with on_cpu():
+            return theirs.get_consistency_loss(x, t, l, s, **how)[0]
+
+    return Method(model, loss, one_step)
+
+
+# iMF ------------------------------------------------------------------------------------------------------------------
+
+
+def our_imf(folder: Path, steps: int) -> Method:
+    return ours(objectives.ImprovedMeanFlow(), flow_map(heads=2), one_step)
+
+
+def haidog_imf(folder: Path, steps: int) -> Method:
+    with imported(folder / "haidog"):
+        code = importlib.import_module("meanflow")
+    model = flow_map(heads=2)
+    theirs = code.MeanFlow(channels=1, image_size=8, num_classes=None, cfg_scale=None)
+
+    def net(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, return_v: bool = True, **labels: Any) -> Any:
+        return model.both(z, t, r) if return_v else model(z, t, r)
+
+    def loss(x: torch.Tensor, step: int) -> torch.Tensor:
+        return theirs.loss(net, (x + 1) / 2)[0]  # it takes [0, 1]
+
+    return Method(model, loss, one_step)
+
+
+PAIRS = {
+    "meanflow-py": (our_meanflow, py_meanflow),
+    "soflow": (our_soflow, original_soflow),
+    "imf-haidog": (our_imf, haidog_imf),
+}
