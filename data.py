@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from config import ConfigError
+from config import ConfigError, RunFailed
 from objectives.draws import key
 from sources import arrays, files, finding, vectors
 from sources.codecs import to_float, to_uint8  # noqa: F401  # kept at the top: pixels to [-1, 1], and back
@@ -98,14 +98,14 @@ def batches(
         dataset.files,  # type: ignore[arg-type]  # anything with __getitems__
         batch_sampler=(rows.tolist() for rows in indices),
         num_workers=workers,
-        collate_fn=torch.utils.data.default_convert,  # leaves tensors and strings as they are
+        collate_fn=shared,
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         generator=torch.Generator().manual_seed(0),  # else it would draw from, and move, torch's global one
     )
     for read in _started(loader):
-        if isinstance(read, ConfigError):
+        if isinstance(read, Exception):
             raise read
         yield dataset.unpack(read)
 
@@ -124,6 +124,23 @@ def _started(loader: Any) -> Iterator[Any]:
             # torch's handler raises wherever the program is when one dies, in the middle of a step; without it, that is
             # noticed when the next batch is waited for.
             signal.signal(signal.SIGCHLD, of_children)
+
+
+def shared(read: Any) -> Any:
+    """What a loading process has read, in memory that the main one sees; or a RunFailed where that has no room for it.
+
+    Torch would move it there in a thread, whose error nobody hears: the main process would wait for ever.
+    """
+    if torch.utils.data.get_worker_info() is None or isinstance(read, Exception):
+        return read
+    try:
+        for part in read:
+            if torch.is_tensor(part):
+                part.share_memory_()
+        return read
+    except RuntimeError as error:
+        advice = "give it more room (docker: --shm-size), or set data.workers lower"
+        return RunFailed(f"no room for a batch in shared memory ({files.reason(error)}); {advice}")
 
 
 @atexit.register

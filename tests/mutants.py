@@ -792,7 +792,7 @@ MUTANTS = [
     ),
     Mutant(
         "an-end-saves-nothing", "training/trainer.py",
-        "newly = self.save_last_step(error)", "newly = False",
+        "self.save_last_step(error)\n            kind", "kind",
         "an error in mid-run costs all steps since the last save: read in other code",
         "reports_runs:error_in_mid_run",
     ),
@@ -826,12 +826,12 @@ MUTANTS = [
     Mutant(
         "other-data-of-the-same-shape", "training/run_folder.py",
         'None not in (a := old["fingerprint"], b := new["fingerprint"]) and a != b', "False",
-        "a run goes on with other images", "reports_runs:other_data_are_named",
+        "a run goes on with other images", "reports_other_data:other_data_are_named",
     ),
     Mutant(
         "classes-by-number-alone", "training/run_folder.py",
         "i is not None:", "False:",
-        "a renamed class folder renumbers the classes unseen", "reports_runs:other_data_are_named",
+        "a renamed class folder renumbers the classes unseen", "reports_other_data:other_data_are_named",
     ),
     Mutant(
         "resume-starts-the-data-anew", "training/trainer.py",

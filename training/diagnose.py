@@ -50,13 +50,13 @@ def what_went_bad(run: TrainingStep, step: int, values: torch.Tensor, given: tor
     return f"{at}; the gradient of layer {lost[-1].rpartition('.')[0]} is not" if lost else None
 
 
-KNOWN = (ConfigError, RunFailed, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt)
+def in_words(error: BaseException, run: TrainingStep, trained: bool) -> tuple[type[BaseException] | None, str]:
+    """What to raise in place of an exception that ended a run, and one line to say; None where it says all itself.
 
-
-def in_words(error: BaseException, run: TrainingStep) -> tuple[type[BaseException] | None, str]:
-    """What to raise in place of an exception that ended a run, and one line to say; None where it says all itself."""
+    So does an unknown one in a run's first step (not trained), as of a new method.
+    """
     lines = str(error).split("\n")
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "CPUAllocator: can't allocate memory" in lines[0]:
         fewer = [n for n in range(run.group_size, run.microbatch, run.group_size) if run.local_batch % n == 0]
         what = f"train.microbatch: {run.device} has no memory for {run.microbatch} images a pass"
         smaller = f"train.microbatch={fewer[-1]}: gradients accumulate, the batch stays" if fewer else ""
@@ -71,7 +71,7 @@ def in_words(error: BaseException, run: TrainingStep) -> tuple[type[BaseExceptio
         return RunFailed, "a process that decodes images was killed, by want of memory?; set data.workers lower"
     if isinstance(error, OSError | MemoryError) and len(lines) == 1:
         return RunFailed, machine_failure(error)
-    if not isinstance(error, Exception):
+    if not trained or not isinstance(error, Exception):
         return None, ""
     if "Original Traceback" in str(error):  # of a process that decodes: its last line is the error
         return RunFailed, " ".join(str(error).rstrip().split("\n")[-1].split())[:300]

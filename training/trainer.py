@@ -30,7 +30,7 @@ from training.devices import (
     set_arithmetic,
     wait_for_all,
 )
-from training.diagnose import KNOWN, find_microbatch, in_words, what_went_bad
+from training.diagnose import find_microbatch, in_words, what_went_bad
 from training.evaluate import Evaluation, Share
 from training.logs import RunLog
 from training.run_folder import RunFolder, other_data
@@ -150,13 +150,13 @@ class Trainer:
             yield
         except BaseException as error:
             self.log.close()
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError | MemoryError):
                 traceback.clear_frames(error.__traceback__)  # they hold what the pass that did not fit had made
-            newly = self.save_last_step(error)
-            kind, words = in_words(error, step)
-            if kind is None or (step.step == began and not isinstance(error, KNOWN)):
-                raise  # of an error in a run's first step, as of a new method, all is told
-            if newly or (self.folder.saved and not isinstance(error, RunFailed)):
+            self.save_last_step(error)
+            kind, words = in_words(error, step, step.step > began)
+            if kind is None:
+                raise
+            if self.folder.saved and not (kind is RunFailed and "newest" in words):  # which says it all itself
                 saved = f"step {self.folder.saved:,} is saved; " if self.rank == 0 else ""
                 words += f"; {saved}continue with: {self.folder.resume_command}"
             raise kind(words) from error
@@ -293,17 +293,15 @@ class Trainer:
             keep = 2**62 if self.train_step.streak else self.cfg.train.keep
             self.folder.save(self.state(), keep)
 
-    def save_last_step(self, error: BaseException) -> bool:
-        """Save what was trained since the last checkpoint, before `error` ends the run; whether it could be saved.
+    def save_last_step(self, error: BaseException) -> None:
+        """Save what was trained since the last checkpoint, before `error` ends the run.
 
         Not where it ends the run because nothing can be saved, or where it came in the middle of the step's update.
         """
         step, refused = self.train_step, isinstance(error, RunFailed) and self.folder.problem
-        if self.rank > 0 or refused or not step.whole or step.step <= self.folder.saved:
-            return False
-        with contextlib.suppress(RunFailed):
-            self.save()
-        return self.folder.saved == step.step
+        if self.rank == 0 and not refused and step.whole and step.step > self.folder.saved:
+            with contextlib.suppress(RunFailed):
+                self.save()
 
     def write_log(self, batch: tuple[torch.Tensor, torch.Tensor | None]) -> None:
         """Log the means over the steps since the last entry; stop where all of many were bad. batch: the last one."""
