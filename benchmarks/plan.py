@@ -32,6 +32,8 @@ PASSES = {
     "pd": 5,
     "cd": 6,
     "scd": 6,
+    "meanflow": 5,
+    "soflow": 4,
 }
 PEAK = {"H200": 790e12, "A100": 312e12, "RTX 4090": 165e12}  # dense bf16 FLOP/s
 SHARE = 0.4
@@ -46,6 +48,8 @@ PUBLISHED = {  # FID in 1 / 2 steps (diffusion: NFE) in the method's paper
     "cifar10_scd": "3.66 / 2.52",
     "cifar10_tcm": "2.46 / 2.05",
     "cifar10_cmt": "2.74 / 1.97, after ECT",
+    "cifar10_meanflow": "2.92 (its code: 2.80)",
+    "cifar10_soflow": "2.86 / 2.28",
 }
 
 
@@ -70,7 +74,8 @@ def forward_flops(cfg: config.Config, resolution: int, classes: int) -> int:
             cfg.network.model_dump(), resolution=resolution, channels=3, label_dim=labels, augment_dim=augment
         )
         with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, resolution, resolution), torch.ones(1))
+            times = [torch.ones(1)] * (2 if model.clock == "time" else 1)
+            model(torch.zeros(1, 3, resolution, resolution), *times)
     return counter.get_total_flops()
 
 

@@ -30,9 +30,6 @@ def _data_and_network(cfg: Config) -> Broken:
         yield "data.path", f"data.name: {d.name} needs the path of your images"
     if d.name not in NEEDS_PATH and d.path is not None:
         yield "data.path", f"data.name: {d.name} takes no path; for your own images set data.name to folder, zip or npz"
-    if d.flip and d.augment > 0:
-        mirrors = "mirrors half of the images already, and tells the network"
-        yield "data.flip", f"data.augment {mirrors}; set data.flip: false"
     if drops_labels and not d.conditional:
         yield "network.label_dropout", "there are no labels to drop; set data.conditional: true"
     if drops_labels and getattr(o, "teacher", None):
@@ -79,6 +76,8 @@ def _objective(cfg: Config) -> Broken:
     images = t.microbatch if isinstance(t.microbatch, int) else t.batch_size  # of a pass on one device
     if o.name == "cmt" and images % o.steps != 0:
         yield "objective.steps", f"must divide the images of a pass ({images})"
+    if o.name == "soflow" and o.rho[0] < o.rho[1]:
+        yield "objective.rho", "must not rise: l moves from r to t as the run goes on"
     if o.name in ("ct", "ict") and o.s1 < o.s0:
         yield "objective.s1", f"must be at least objective.s0 ({o.name})"
     if o.name == "ect" and o.stage is not None and o.double_kimg is not None:

@@ -110,7 +110,7 @@ class Data(Section):
     conditional: bool = False
     """Train the network on class labels, so that it can be asked for a class; on conditions, where data are vectors."""
     flip: bool = False
-    """Mirror half of the images. Not for digits or letters."""
+    """Mirror half of the images. Not for digits or letters. Unlike augment's mirror, the network is not told of it."""
     augment: float = Field(0.0, ge=0, le=1)
     """Probability p of each transformation of EDM's augmentation pipe (2206.00364 app. F.2). 0: off."""
     upright: bool = False
