@@ -65,13 +65,13 @@ def test_the_compiled_step_is_the_eager_one(name, teacher, tmp_path, without_ker
     assert without_kernels == [None, "reduce-overhead", "reduce-overhead"]  # the trial, the network, its derivative
 
 
-def test_without_a_compiler_training_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):
+def test_without_a_compiler_training_goes_on_and_says_so_once(tmp_path, capsys):
     import torch._inductor.config as inductor
 
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
     torch._dynamo.reset()
-    trainer.train(tiny(tmp_path / "a", train={"compile": True}))
+    # Not by monkeypatch, which cannot put these back: the tests after this one in the process would not compile.
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), torch.compiler.config.patch(force_disable_caches=True):
+        trainer.train(tiny(tmp_path / "a", train={"compile": True}))
     said = capsys.readouterr()
     assert said.err.count("warning: train.compile: nothing compiles here, training goes on without") == 1
     assert len([line for line in said.err.splitlines() if "compile" in line]) == 1 and "step 6/6" in said.out
