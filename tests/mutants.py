@@ -455,7 +455,7 @@ MUTANTS = [
     # Averages
     Mutant(
         "ema-swapped", "ema.py",
-        "weight = 1 - warmed_up(", "weight = warmed_up(",
+        "list(model.parameters()), 1 - decay)", "list(model.parameters()), decay)",
         "average <- (1 - decay) average + decay weights: read in other code", "ema",
     ),
     Mutant(
@@ -527,7 +527,7 @@ MUTANTS = [
     # Samplers
     Mutant(
         "heun-first-half-only", "sampler.py",
-        "* (slope + slope_ahead) / 2", "* slope",
+        "ahead = x + (lower - sigma) * (slope + slope_ahead) / 2", "ahead = x + (lower - sigma) * slope",
         "Heun's step is Euler's", "sampler",
     ),
     Mutant(
