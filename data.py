@@ -14,36 +14,41 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from config import ConfigError, RunFailed
 from objectives.draws import key
-from sources import arrays, files, finding, vectors
+from sources import arrays, files, finding, parquets, shards, tars, vectors
 from sources.codecs import to_float, to_uint8  # noqa: F401  # kept at the top: pixels to [-1, 1], and back
 from sources.images import ImageSet, from_files, in_memory
 from sources.labels import unused
+from sources.latents import LatentSet
+from sources.latents import from_path as open_latents
 from sources.vectors import VectorSet
 
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
-def load(data_cfg: Any) -> ImageSet | VectorSet:
-    """The training split that the config's `data` section names: images, or the vectors of an npz.
+def load(data_cfg: Any) -> ImageSet | VectorSet | LatentSet:
+    """The training split that the config's `data` section names: images, the vectors of an npz, or latents.
 
     data_cfg: an object with name, dir, path, resolution, channels, conditional, on_broken, memory_gb and white_level.
     `said()` of the dataset are the lines that tell what was read, `facts()` the same for a program.
     Raises ConfigError: what is missing or wrong and what to do, in one line.
     """
+    if data_cfg.name is None:
+        raise ConfigError("data.name: null is chosen when a run begins; use the config.yml in the run's folder")
     if data_cfg.name not in DATASETS:
         raise ConfigError(f"data.name: {data_cfg.name!r} is not one of {', '.join(DATASETS)}")
     dataset = DATASETS[data_cfg.name](data_cfg)
-    if isinstance(dataset, VectorSet):
+    if isinstance(dataset, VectorSet | LatentSet):
         return dataset
     if data_cfg.white_level and dataset.source is None:
         raise ConfigError(f"data.white_level: is for files of images, and data.name is {data_cfg.name}; set it to null")
@@ -51,7 +56,8 @@ def load(data_cfg: Any) -> ImageSet | VectorSet:
     if dataset.conditional and dataset.labels is None:
         raise ConfigError(
             f"data.conditional: {data_cfg.name} {data_cfg.path or ''} has no labels; add them (a folder: one subfolder "
-            "per class; a zip: dataset.json; an npz: an array `labels`) or set data.conditional: false"
+            "per class; a zip: dataset.json; an npz: an array `labels`; a tar: .cls or .json members; "
+            "a parquet: a column `label`, or data.label_column) or set data.conditional: false"
         )
     if dataset.files is not None:
         files.check_headers(dataset.files)
@@ -77,12 +83,13 @@ def order(n: int, seed: int, positions: torch.Tensor) -> torch.Tensor:
 
 
 def batches(
-    dataset: ImageSet | VectorSet,
+    dataset: ImageSet | VectorSet | LatentSet,
     seed: int,
     batch_size: int,  # of all ranks together
     start_step: int = 0,  # the first batch is this step's
     rank_slice: tuple[int, int] | None = None,  # this rank's rows [start, stop) of every batch; None: all
     workers: int = 0,  # processes that decode a lazy set; the batches are the same whatever the number
+    among: torch.Tensor | None = None,  # int64, the rows of the dataset that are read; None: all
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Endless (uint8 images (B, C, H, W), int64 labels (B,) or None); step k has places [k B, (k+1) B) of `order`.
 
@@ -90,10 +97,21 @@ def batches(
     be used, as the config says.
     """
     own = torch.arange(*(rank_slice or (0, batch_size)))
-    indices = (order(len(dataset), seed, step * batch_size + own) for step in itertools.count(start_step))
+    positions = (step * batch_size + own for step in itertools.count(start_step))
+    if among is None:
+        indices = (order(len(dataset), seed, places) for places in positions)
+    else:
+        indices = (among[order(len(among), seed, places)] for places in positions)
+    yield from read_batches(dataset, indices, workers)
+
+
+def read_batches(
+    dataset: ImageSet | VectorSet | LatentSet, indices: Iterable[torch.Tensor], workers: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """What `batches` gives, for each int64 (B,) of `indices`; workers and errors as there."""
     if dataset.files is None:
-        for rows in indices:
-            yield dataset.read(rows)
+        yield from map(dataset.read, indices)
+        return
     loader: Any = torch.utils.data.DataLoader(
         dataset.files,  # type: ignore[arg-type]  # anything with __getitems__
         batch_sampler=(rows.tolist() for rows in indices),
@@ -183,6 +201,8 @@ def _torchvision(cfg: Any, kind: str, place: str) -> Any:
             f"data.dir: the {cfg.name} files in {cfg.dir} are damaged ({files.reason(error)}); delete them, and they "
             "are downloaded again"
         ) from error
+    # Its bar, on a terminal only
+    torchvision.datasets.utils.tqdm = functools.partial(tqdm, desc=f"downloading {cfg.name}", disable=None)
     try:
         return dataset_class(root=cfg.dir, train=True, download=True)
     except Exception as error:
@@ -236,7 +256,7 @@ def _given_path(cfg: Any, folder: bool) -> str:
     if not os.path.exists(path):
         raise ConfigError(f"data.path: {path} does not exist; set it to {what}")
     if folder != os.path.isdir(path):
-        kinds = {".npz": "npz", ".npy": "npz", ".zip": "zip"}
+        kinds = {".npz": "npz", ".npy": "npz", ".zip": "zip", ".tar": "tar", ".parquet": "parquet"}
         other = "folder" if os.path.isdir(path) else kinds.get(os.path.splitext(path)[1].lower())
         advice = f"correct it, or set data.name: {other}" if other else f"what can be read: {arrays.READ}"
         raise ConfigError(f"data.path: {path} is not {what}; {advice}")
@@ -313,8 +333,46 @@ def npz(cfg: Any) -> ImageSet | VectorSet:
     return dataset
 
 
+def tar(cfg: Any) -> ImageSet:
+    """WebDataset's shards, plain tars: 000123.jpg and its label in 000123.cls, .json ("label") or .txt.
+
+    The order is data.order's, exactly, as of any other set: headers are read once, where they say is kept under
+    data.dir, and each image is then read from its place.
+    """
+    found, labelled = shards.opened(cfg, tars)
+    return from_files(cfg, found, *labelled)
+
+
+def parquet(cfg: Any) -> ImageSet:
+    """The Hub's files: a column of encoded images (bytes, or a struct with them), and one of labels if there is one.
+
+    The order is data.order's, exactly: their images are unpacked once, still encoded, to data.dir, which needs as much
+    room as they have, and each is read from its place there.
+    """
+    found, labelled = shards.opened(cfg, parquets)
+    return from_files(cfg, found, *labelled)
+
+
+def latents(cfg: Any) -> LatentSet:
+    """Latents of a frozen autoencoder: encode.py's file, EDM2's zip, or LightningDiT's shards, by their content."""
+    return open_latents(cfg)
+
+
 # What data.name can be -> its function, of the same name
 DATASETS = {
     function.__name__.rstrip("_"): function
-    for function in (digits, mnist, fashion_mnist, cifar10, cifar100, imagenet9, folder, zip_, npz)
+    for function in (
+        digits,
+        mnist,
+        fashion_mnist,
+        cifar10,
+        cifar100,
+        imagenet9,
+        folder,
+        zip_,
+        npz,
+        tar,
+        parquet,
+        latents,
+    )
 }

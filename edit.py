@@ -9,11 +9,19 @@ import argparse
 import re
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import config
-from config import ConfigError
+from config import Config, ConfigError
 from sampling import choices
 from sampling.choices import count, evaluations, natural, numbers
+
+if TYPE_CHECKING:  # torch is imported after the arguments and the config are known to be right
+    import torch
+
+    from networks import Preconditioner
+    from sampling.tasks import Problem
 
 TASKS = {  # name -> (what it does, results, evaluations of each)
     "inpaint": ("fill in what --mask covers", 4, 40),
@@ -81,26 +89,34 @@ def check_options(args: argparse.Namespace) -> None:
         raise ConfigError(f"--sigma: the first of --{'sigmas' if args.sigmas else 'times'} says it already; give one")
 
 
+def prepared(
+    args: argparse.Namespace, cfg: Config, model: Preconditioner, paths: list[Path]
+) -> tuple[list[Problem], int, torch.Tensor | None]:
+    """The inputs, ready to be edited, how many results of each, and their classes. All that can be wrong is said."""
+    from sampling import tasks
+
+    tasks.check_model(args, model)
+    _, usual_num, usual_steps = TASKS[args.task]
+    num, steps = args.num or usual_num, args.steps or usual_steps
+    classes = tasks.chosen_classes(args, num, model)
+    return [tasks.prepare(args, cfg, model, path, steps) for path in paths], num, classes
+
+
 def run(args: argparse.Namespace) -> None:
     """Edit as the command asks."""
     check_options(args)
     cfg = config.load(args.cfg, args.overrides)
     import torch  # after the arguments and the config are known to be right: a typo is answered at once
 
-    import data
     from metrics import pictures
+    from sampler import evaluations as evaluations_of
     from sampling import tasks
     from training.devices import pick_device
 
     paths = tasks.input_files(args)
     device = pick_device(cfg.run.device)
     model, _ = choices.trained_model(args, cfg, device)
-    tasks.check_model(args, model)
-    _, usual_num, usual_steps = TASKS[args.task]
-    num, steps = args.num or usual_num, args.steps or usual_steps
-    classes = tasks.chosen_classes(args, num, model)
-    # All that can be wrong is said before any work.
-    problems = [tasks.prepare(args, cfg, model, path, steps) for path in paths]
+    problems, num, classes = prepared(args, cfg, model, paths)
     out = choices.new_folder(args, cfg)
 
     if args.task == "interpolate":
@@ -110,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         jobs = [(f"{i:03d}_{p.name}" if several else p.name, [p]) for i, p in enumerate(problems)]
     started = time.perf_counter()
     for name, own in jobs:
-        results = data.to_uint8(tasks.solve(args, cfg, own, model, num, classes)).cpu()
+        results = tasks.solve(args, cfg, own, model, num, classes)
         before, after = ([own[0].image], [own[1].image]) if len(own) == 2 else ([own[0].image, own[0].seen], [])
         before[1:1] = [own[0].mask] if own[0].mask is not None else []
         strip = torch.stack([*before, *results[:32], *after])
@@ -121,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     columns = "first | results | second" if args.task == "interpolate" else "input | what the model sees | results"
     if args.task == "inpaint":
         columns = "input | mask, white filled in | what the model sees | results"
-    total, steps = num * len(jobs), len(problems[0].levels)
+    total, steps = num * len(jobs), len(problems[0].levels) * evaluations_of(model, cfg.sample.guidance)
     print(f"{args.task}: {total} results, {steps} evaluations each, seed {args.seed}: {seconds:.1f} s on {device}")
     print(f"written: {out}; strips show {columns}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from sampling.choices import count, evaluations, natural, numbers
 if TYPE_CHECKING:  # torch is imported after the arguments and the config are known to be right
     import torch
 
+    from networks import Preconditioner
     from sampling.drawing import Drawing
     from sampling.samples import Samples
     from sources.images import ImageSet
@@ -53,7 +55,7 @@ def arguments() -> config.Arguments:
     add("--batch", type=count, default=256, metavar="B", help="samples drawn at a time [256]; changes no sample")
     add("--seed", type=natural, default=0, metavar="K", help="sample i of seed K is always the same [0]")
     add("--class", dest="class_index", metavar="C", help="draw this class only, by name or number")
-    add("--guidance", metavar="W", help="classifier-free guidance: sample.guidance")
+    add("--guidance", metavar="W", help="guidance, told or classifier-free: sample.guidance")
     add("--interval", metavar="A,B", help="t where a network that is told its guidance is guided: sample.interval")
     rows = "for vectors: sample i gets row i of this npy or npz [training set's]"
     add("--conditions", type=path, metavar="FILE", help=rows)
@@ -82,6 +84,12 @@ def check(args: argparse.Namespace) -> None:
     choices.refuse(args, drawn, "is for sampling from a checkpoint; --samples takes the images that are there")
 
 
+def check_nearest(args: argparse.Namespace, num: int) -> None:
+    """Refuse --nearest for fewer samples than metrics.scores.check_samples takes."""
+    if args.nearest and num < 10:
+        raise ConfigError(f"--nearest: {num} samples are too few; make or give at least 10")
+
+
 def several(text: str) -> int:
     """A whole number, 2 or more. Raises ValueError."""
     if (value := evaluations(text)) < 2:
@@ -101,11 +109,16 @@ def yes(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
+def settings(args: argparse.Namespace) -> Config:
+    """The config that the command names, with what its options and settings replace."""
+    given = {"sample.guidance": args.guidance, "sample.interval": args.interval and f"[{args.interval}]"}
+    return config.load(args.cfg, [*args.overrides, *(f"{key}={value}" for key, value in given.items() if value)])
+
+
 def run(args: argparse.Namespace) -> int:
     """Do what the command asks on its devices; its exit code."""
     check(args)
-    given = {"sample.guidance": args.guidance, "sample.interval": args.interval and f"[{args.interval}]"}
-    cfg = config.load(args.cfg, [*args.overrides, *(f"{key}={value}" for key, value in given.items() if value)])
+    cfg = settings(args)
     import torch.distributed as dist
 
     from metrics import scores
@@ -130,7 +143,6 @@ def run(args: argparse.Namespace) -> int:
 def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) -> None:
     """What the command asks for, with samples of a checkpoint."""
     from sampling import plan, search
-    from sampling.drawing import Drawing
     from sampling.samples import samples_of
     from training.devices import rank_and_world
 
@@ -140,10 +152,7 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     if rank > 0 and (args.search or args.sweep):
         return
     training_set = functools.cache(lambda: kind.training_set(cfg))
-    num, given, format = kind.asked(args, cfg, training_set)
-    levels, solver = choices.chosen_levels(args, cfg, rank=rank)
-    told = (cfg.sample.guidance, cfg.sample.interval, choices.chosen_class(args, model.codec))
-    drawing = Drawing(model, args.seed, num, levels, solver, given, args.batch, *told)
+    drawing, format = drawing_of(args, cfg, model, training_set, rank)
     # Read before the sampling: what is missing is said now.
     dataset = training_set() if rank == 0 and kind.needs_set(args, cfg) else None
     if rank == 0 and drawing.of_class is not None and (args.calc_fid or args.search or args.sweep):
@@ -162,11 +171,25 @@ def run_checkpoint(args: argparse.Namespace, cfg: Config, device: torch.device) 
     samples = kind.kept(drawing, out, format, cfg)
     print(kind.said(drawing, out, str(device) if world == 1 else f"each of {world} x {device.type}"))
     if args.calc_fid:
-        found = kind.score(samples, given, dataset, cfg, device, of_class=drawing.of_class)
-        said = kind.describe(found, cfg, kind.to_score(num, dataset), dataset, drawing)
+        found = kind.score(samples, drawing.given, dataset, cfg, device, of_class=drawing.of_class)
+        said = kind.describe(found, cfg, kind.to_score(drawing.num, dataset), dataset, drawing)
         print(f"score at {drawing.nfe} NFE: {said}")
     if args.nearest:
         show_nearest(samples, dataset, device, out / "nearest.png")
+
+
+def drawing_of(
+    args: argparse.Namespace, cfg: Config, model: Preconditioner, training_set: Callable[[], Any], rank: int = 0
+) -> tuple[Drawing, str]:
+    """The samples that the command asks for, and what they are kept as: "png", "npz" or "grid"."""
+    from sampling.drawing import Drawing
+    from sampling.samples import samples_of
+
+    num, given, format = samples_of(model.codec).asked(args, cfg, training_set)
+    check_nearest(args, num)
+    levels, solver = choices.chosen_levels(args, cfg, rank=rank)
+    told = (cfg.sample.guidance, cfg.sample.interval, choices.chosen_class(args, model.codec))
+    return Drawing(model, args.seed, num, levels, solver, given, args.batch, *told), format
 
 
 def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> None:
@@ -178,8 +201,10 @@ def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> 
     # metrics.reference holds what a score is made of.
     dataset = data.load(cfg.data) if args.nearest or cfg.metrics.reference is None else None
     if dataset is not None and not hasattr(dataset, "channels"):
-        raise ConfigError(f"--samples: scores images, and {cfg.data.path} holds vectors")
+        kind = "latents" if cfg.data.name == "latents" else "vectors"
+        raise ConfigError(f"--samples: scores images, and {cfg.data.path} holds {kind}; set data.name and data.path")
     images = read_images(Path(args.samples), cfg, dataset.channels if dataset else None)
+    check_nearest(args, len(images))
     out = choices.new_folder(args, cfg) if args.nearest else None
     if args.calc_fid:
         found = scores.score(images, dataset, cfg.metrics, cfg.data.dir, device)
@@ -191,43 +216,56 @@ def judge_given(args: argparse.Namespace, cfg: Config, device: torch.device) -> 
 
 def keep(drawing: Drawing, args: argparse.Namespace, cfg: Config, kind: Samples, format: str) -> Path:
     """Draw the samples, by all ranks, and write them as the command asks; their folder."""
+    from metrics.common import progress
     from sampling import shards
     from training.devices import from_rank_0, rank_and_world, wait_for_all
 
     rank, world = rank_and_world()
     out, missing = from_rank_0(shards.begin(args, cfg, drawing, format) if rank == 0 else None)
-    for start in missing[rank::world]:
-        stop = min(start + shards.SHARD, drawing.num)
-        given = None if drawing.given is None else drawing.given[start:stop]
-        kind.write(drawing.draw(start, stop), given, start, shards.path(out, start, format))
-        if rank == 0 and drawing.num > shards.SHARD:
-            print(f"samples to {stop:,} of {drawing.num:,}  {drawing.speed()}", flush=True)
+    pieces = [(start, min(start + shards.SHARD, drawing.num)) for start in missing[rank::world]]
+    with progress("sampling", sum(stop - start for start, stop in pieces), "sample", shown=rank == 0) as drawing.bar:
+        for start, stop in pieces:
+            given = None if drawing.given is None else drawing.given[start:stop]
+            kind.write(drawing.draw(start, stop), given, start, shards.path(out, start, format))
+            if rank == 0 and drawing.num > shards.SHARD:
+                drawing.bar.write(f"samples to {stop:,} of {drawing.num:,}  {drawing.speed()}")
+                sys.stdout.flush()
+    drawing.bar = None
     wait_for_all()
     if rank == 0:
         kind.write_labels(drawing, out, format)
     return out
 
 
-def show_nearest(images: Any, dataset: ImageSet, device: torch.device, path: Path, shown: int = 64) -> None:
+def show_nearest(images: Any, dataset: ImageSet, device: torch.device, path: Path) -> None:
     """Draw the samples that are nearest to a training image beside the five nearest, and say how many are copies."""
+    from metrics import nearest, pictures
+
+    picture, said = beside_nearest(images, dataset, device, nearest.copy_threshold(dataset, device))
+    pictures.write_png(picture, path)
+    print(f"{said}\nwritten: {path} (the nearest first; copies framed)")
+
+
+def beside_nearest(
+    images: Any, dataset: ImageSet, device: torch.device, limit: float, shown: int = 64
+) -> tuple[torch.Tensor, str]:
+    """The picture, uint8 (3, H, W), and the sentence of `show_nearest`; limit: nearest.copy_threshold's."""
     import torch
 
     from metrics import nearest, pictures, scores
 
     scores.check_samples(images, dataset)
     distances, indices = nearest.nearest(images, dataset, 5, device)
-    limit = nearest.copy_threshold(dataset, device)
     copies = distances[:, 0] <= limit
     order = distances[:, 0].argsort(stable=True)[:shown]
     neighbours = torch.stack([scores.fetch(dataset, column) for column in indices[order].unbind(1)], 1)
-    pictures.write_png(pictures.beside(scores.fetch(images, order), neighbours, copies[order]), path)
-    print(
+    said = (
         f"copies: {int(copies.sum()):,} of {len(images):,} samples ({float(copies.float().mean()):.1%}) are within "
         f"{limit:.4g} of a training image (root mean square difference of pixels in [0, 1]); 1% of the training images "
         f"are that near to another, so about 1% of new images would be by chance; the median is "
         f"{float(distances[:, 0].median()):.4g}"
     )
-    print(f"written: {path} (the nearest first; copies framed)")
+    return pictures.beside(scores.fetch(images, order), neighbours, copies[order]), said
 
 
 if __name__ == "__main__":

@@ -188,12 +188,15 @@ def times(
     return [1 - i / steps for i in range(steps)]
 
 
+TOLERANCE = {"sigma": 0.1, "time": 0.02}  # to which a level is searched, of ln sigma or of t
+
+
 def search_levels(
     score: Callable[[list[float]], float],  # levels -> what is to be low, as the FID of samples drawn by them
     steps: int,
     highest: float = 80.0,
     lowest: float = 0.002,
-    tolerance: float | None = None,  # of ln sigma [0.1], or of t [0.02]
+    tolerance: float | None = None,  # None: TOLERANCE
     clock: str = "sigma",  # or "time"
 ) -> Iterator[tuple[list[float], float]]:
     """The best levels of 2, 3, ... `steps` evaluations and their scores (2303.01469 sec. 5).
@@ -202,7 +205,7 @@ def search_levels(
     between the lowest and the level before. The best level tried is taken, so noise in the scores cannot lose it.
     Levels have three significant digits.
     """
-    place, level_at, usual = (math.log, math.exp, 0.1) if clock == "sigma" else (float, float, 0.02)
+    place, level_at = (math.log, math.exp) if clock == "sigma" else (float, float)
     found = [float(highest)]
     while len(found) < steps:
         tried: dict[float, float] = {}
@@ -213,7 +216,7 @@ def search_levels(
                 tried[level] = score([*found, level])
             return tried[level]
 
-        golden_section(at, place(lowest), place(found[-1]), tolerance or usual)
+        golden_section(at, place(lowest), place(found[-1]), tolerance or TOLERANCE[clock])
         best = min(tried, key=tried.__getitem__)
         found = [*found, best]
         yield found, tried[best]
@@ -236,21 +239,27 @@ def golden_section(f: Callable[[float], float], low: float, high: float, toleran
     return (low + high) / 2
 
 
-def guided(model: Model, w: float | None, interval: Sequence[float] | None = None) -> Model:
+def evaluations(model: Model, w: float | None) -> int:
+    """How often `guided` evaluates the network for one call: twice where it mixes, and else once."""
+    return 1 if getattr(model, "guidance_inputs", False) or w is None or w == 1 else 2
+
+
+def guided(model: Model, w: float | torch.Tensor | None, interval: Sequence[float] | None = None) -> Model:
     """Classifier-free guidance: D_null + w (D - D_null) (2207.12598), or velocities so; None or 1: the model itself.
 
-    The null is the model without labels, which network.label_dropout has taught it. A network that is told its guidance
-    (guidance_inputs) is told w and the interval of t, and is evaluated once.
+    w: one number, or one a sample (B,). The null is the model without labels, which network.label_dropout has taught
+    it. A network that is told its guidance (guidance_inputs) is told w and the interval of t, and is evaluated once.
     """
     if getattr(model, "guidance_inputs", False):
         return _told(model, w, interval)
-    if w is None or w == 1:
+    if not isinstance(w, torch.Tensor) and evaluations(model, w) == 1:
         return model
 
     def mixed(x: torch.Tensor, *levels: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
         own = model(x, *levels, **conditions)
         null = model(x, *levels, **{**conditions, "class_labels": None})
-        return null + w * (own - null)
+        weight = w.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) if isinstance(w, torch.Tensor) else w
+        return null + weight * (own - null)
 
     return mixed
 
@@ -259,11 +268,11 @@ def _told(model: Model, w: float | None, interval: Sequence[float] | None) -> Mo
     if w is None and interval is None:
         return model
 
-    def told(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
+    def told(z: torch.Tensor, t: torch.Tensor, *r: torch.Tensor, **conditions: torch.Tensor | None) -> torch.Tensor:
         if w is not None:
-            conditions["guidance"] = torch.full_like(t, w)
+            conditions["guidance"] = torch.as_tensor(w).to(t).expand(len(t))
         if interval is not None:
             conditions["interval"] = t.new_tensor(interval).expand(len(t), 2)
-        return model(z, t, r, **conditions)
+        return model(z, t, *r, **conditions)
 
     return told

@@ -211,6 +211,8 @@ def _unet(model: torch.nn.Module, state: State) -> dict[str, Any]:
     for key, value in {"precond": "cm", "c_noise": "log250"}.items():
         if getattr(model, key) != value:
             raise no(f"network.{key}: {getattr(model, key)}; it has {value}'s")
+    if model.guidance_inputs:
+        raise no("network.guidance_inputs: true")
     own = defaults("dhariwal_unet")
     for key, value in state["config"]["network"].items():
         if key not in KNOWS and value != own.get(key):

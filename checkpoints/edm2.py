@@ -49,7 +49,12 @@ def state_of(
     }
     weights = {f"model.{name.removeprefix('unet.')}": value.float() for name, value in weights.items()}
     state = common.new_state(raw, shape, weights, path)
-    state["data"]["encoder"] = _encoder(content.get("encoder"), numbers)
+    state["data"]["encoder"] = encoder = _encoder(content.get("encoder"), numbers)
+    if encoder and "scale" in encoder:  # a model of latents, whose images lie in [0, 1] there
+        known = {"source": encoder.get("vae_name"), "hash": None, "factor": None, "image_channels": None}
+        scaling = {"scale": encoder["scale"], "bias": encoder["bias"]}
+        state["data"] |= {"scaling": scaling, "autoencoder": {**known, "input_range": "0,1"}}
+        state["config"]["data"] |= {"name": "latents", "resolution": None, "channels": None, "scaling": "edm2"}
     return state
 
 

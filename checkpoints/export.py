@@ -32,7 +32,7 @@ def from_safetensors(path: Path) -> State:
         cfg, data = (json.loads(about[key]) for key in ("config", "data"))
         state = new_state(cfg, data["shape"], weights, path)
         state["data"] |= {"class_counts": data["class_counts"], "scaling": data.get("scaling")}
-        state["data"] |= {name: data[name] for name in ("classes", "data", "encoder") if name in data}
+        state["data"] |= {name: data[name] for name in ("classes", "data", "encoder", "autoencoder") if name in data}
         return state
     except ConfigError:
         raise
@@ -45,9 +45,11 @@ def from_safetensors(path: Path) -> State:
 def to_onnx(model: torch.nn.Module, state: State, folder: Path) -> list[str]:
     """model.onnx: D(x, sigma[, class_labels]) for any batch size, float32; of a flow map u(z, t, r[, class_labels]).
 
-    A network that is told its guidance takes guidance (B,) and interval (B, 2) as well. Weights of 1.5 GiB and more lie
-    beside it in model.onnx.data, since an ONNX file ends at 2 GiB.
+    A network that is told its guidance takes guidance (B,) as well, and a flow map's interval (B, 2). Weights of 1.5 GiB
+    and more lie beside it in model.onnx.data, since an ONNX file ends at 2 GiB.
     """
+    if model.clock is None:
+        raise CheckpointError("--to onnx: is not for autoencoders; take --to diffusers or --to safetensors")
     if model.codec.kind == "vectors":
         raise CheckpointError("--to onnx: is for models of images; take --to safetensors for vectors")
     for name in ("onnx", "onnxscript"):
@@ -58,7 +60,8 @@ def to_onnx(model: torch.nn.Module, state: State, folder: Path) -> list[str]:
     if model.label_dim:
         inputs["class_labels"] = torch.eye(model.label_dim)[torch.arange(2) % model.label_dim]
     if getattr(model, "guidance_inputs", False):
-        inputs |= {"guidance": torch.ones(2), "interval": torch.tensor([[0.0, 1.0]]).repeat(2, 1)}
+        inputs |= {"guidance": torch.ones(2)}
+        inputs |= {"interval": torch.tensor([[0.0, 1.0]]).repeat(2, 1)} if flow_map else {}
     batch = torch.export.Dim("batch")
     axes = {name: {0: batch} for name in inputs}
     large = sum(value.nbytes for value in model.state_dict().values()) >= 1.5 * 2**30
@@ -77,6 +80,11 @@ def to_pipeline(model: torch.nn.Module, state: State, folder: Path) -> list[str]
 
     Its scheduler is diffusers' FlowMapEulerDiscreteScheduler where the installed version has it.
     """
+    if model.clock is None:
+        model.model.save_pretrained(folder)
+        return ["load it with: diffusers.AutoencoderKL.from_pretrained(folder)"]
+    if model.codec.kind == "latents":
+        raise CheckpointError("--to diffusers: is for models of pixels; take --to safetensors or onnx for latents")
     if model.clock == "sigma":
         return to_diffusers(model, state, folder)
     diffusers = package("diffusers", "--to diffusers")

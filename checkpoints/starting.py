@@ -21,7 +21,7 @@ def turn(weights: dict[str, Tensor], there: str, here: str) -> None:
 
 
 def fit(model: torch.nn.Module, weights: dict[str, Tensor], there: Any) -> None:
-    """Bring weights of the network settings `there` into the shape of a flow map that is told more or has two heads.
+    """Bring weights of the network settings `there` into the shape of a model that is told more or has two heads.
 
     What the model alone is told has no effect at the start (but in a DiT with prefix tokens), and the second head is a
     copy of the first. What does not fit is left for the caller to find.
@@ -41,14 +41,15 @@ def fit(model: torch.nn.Module, weights: dict[str, Tensor], there: Any) -> None:
             old, new = weights[name].split(size, dim), new.split(size, dim)
             weights[name] = torch.cat([old[place[i]] if i in place else new[i] for i in range(len(tells))], dim)
     _fit_parts(own, weights, place)
-    if model.heads == 2:
+    if getattr(model, "heads", 1) == 2:
         _second_head(own, weights)
 
 
 def _told(settings: Any) -> list[str]:
     """The names of the numbers that a network is told."""
-    guidance = ("w", "t_min", "t_max") if settings.guidance_inputs else ()
-    return [*(settings.times or "t").split(","), *guidance]
+    times = getattr(settings, "times", None)  # a denoiser has none
+    guidance = ("w", "t_min", "t_max") if times else ("ln w",)
+    return [*(times or "t").split(","), *(guidance if settings.guidance_inputs else ())]
 
 
 def _fit_parts(own: dict[str, Tensor], weights: dict[str, Tensor], place: dict[int, int]) -> None:
@@ -89,7 +90,11 @@ def _second_head(own: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
 
 
 def how(model: torch.nn.Module, there: Any) -> str:
-    """What a flow map is, at the start, of the model of the settings `there`; "" where it is that model."""
+    """What a model is, at the start, of the model of the settings `there`; "" where it is that model."""
+    tokens = "an initialisation only: the transformer is given new tokens"
+    prefix = not getattr(model.model, "adaln", True)
+    if model.clock == "sigma":
+        return tokens if prefix and model.guidance_inputs and not there.guidance_inputs else ""
     names = ("times", "precond", "c_noise", "heads", "guidance_inputs")
     if all(getattr(model, name) == getattr(there, name) for name in names):
         return ""
@@ -104,6 +109,6 @@ def how(model: torch.nn.Module, there: Any) -> str:
         if not same:
             old, new = getattr(there, key), getattr(model, key)
             return f"an initialisation only: network.{key} is {old} there and {new} here"
-    if _told(there) != _told(model) and not getattr(model.model, "adaln", True):
-        return "an initialisation only: the transformer is given new tokens"
+    if _told(there) != _told(model) and prefix:
+        return tokens
     return "the same velocity where r = t"

@@ -153,7 +153,7 @@ def config_of(state: dict[str, Any], path: str | Path) -> Config:
 
 def load_model(path: str | Path, device: torch.device | str = "cpu", average: int = 0) -> torch.nn.Module:
     """The EMA model of a checkpoint, in eval mode: model(x, sigma, class_labels=None) -> clean data, or, where
-    model.clock is "time", model(z, t, r, class_labels=None) -> average velocity.
+    model.clock is "time", model(z, t, r, class_labels=None) -> average velocity; an autoencoder, where it is None.
 
     `average` picks one of several EMAs. A model of vectors takes condition=(B, K). `model.codec` (sources/codecs.py)
     knows the data: codec.told(classes or conditions, x) makes of them what the model takes, codec.from_model(D) of what
@@ -191,15 +191,21 @@ def initialise(model: torch.nn.Module, path: str | Path) -> str:
     if "model.map_augment.weight" not in model.state_dict():
         weights.pop("model.map_augment.weight", None)
     there = config_of(state, path).network
+    if (there.name == "autoencoder") != (model.clock is None):
+        here = "an autoencoder is trained here" if model.clock is None else "this run trains none"
+        raise CheckpointError(f"{path}: is of another network: network.name is {there.name} there, and {here}")
+    if model.clock is None:
+        _fill(model, weights, path)
+        return ""
     free = model.clock == "time" or model.c_noise == "t"  # the weights may be only a start, as in sCM
     if there.c_noise != model.c_noise and not free:
         raise CheckpointError(
             f"{path}: is of another network: network.c_noise is {there.c_noise} there and {model.c_noise} here"
         )
-    said = starting.how(model, there) if model.clock == "time" else ""
+    said = starting.how(model, there)
     with contextlib.suppress(AttributeError, TypeError, RuntimeError, IndexError):  # no such tensors: _fill says so
         starting.turn(weights, there.precond, model.precond)
-        if said:
+        if said or (model.clock == "sigma" and model.guidance_inputs and not there.guidance_inputs):
             starting.fit(model, weights, there)
     _fill(model, weights, path)
     return f"the network starts from {path}: {said}" if said else ""

@@ -10,8 +10,11 @@ from pydantic_core import PydanticCustomError
 
 from config.values import EXACT, is_text, meant
 
-Dataset = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz"]
-NEEDS_PATH = ("imagenet9", "folder", "zip", "npz")  # datasets that data.path leads to
+Dataset = Literal[
+    "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz", "tar", "parquet",
+    "latents",
+]
+NEEDS_PATH = ("imagenet9", "folder", "zip", "npz", "tar", "parquet", "latents")  # datasets that data.path leads to
 DEFAULT_NAMES = {"network": "song_unet", "objective": "ect"}
 
 
@@ -51,6 +54,18 @@ def in_steps(length: int | float, steps: int, whole: bool = True) -> int | float
     return max(round(length * steps) if whole else length * steps, 1)
 
 
+def _weight_or_pair(value: Any) -> Any:
+    """The value, where it is a weight of guidance or a pair between which weights are drawn and told; else an error."""
+    numbers = value if isinstance(value, list) else [0.0 if value is None else value]
+    right = all(type(number) in (int, float) and 0 <= number < float("inf") for number in numbers)
+    if right and isinstance(value, list):
+        right = len(value) == 2 and 1 <= value[0] < value[1]
+    if not right:
+        text = "input should be a number from 0, or [w_min, w_max] with 1 <= w_min < w_max (1 is unguided)"
+        raise PydanticCustomError("guidance", text)
+    return value
+
+
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -58,6 +73,8 @@ Part = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Length = _length(0)
 Interval = _length(1)
+Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
+Guidance = Annotated[NonNegative | Pair | None, BeforeValidator(_weight_or_pair)]
 PathText = Annotated[str, AfterValidator(path_text)]
 Lower = Annotated[str, BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)]
 Mean = Annotated[float, Field(description="Mean of ln sigma (ECT writes t).")]
@@ -97,18 +114,31 @@ class Run(Section):
 class Data(Section):
     """What it learns."""
 
-    name: Dataset = "digits"
-    """Dataset. digits come with scikit-learn; the next four are downloaded; those from imagenet9 on read data.path."""
+    name: Dataset | None = "digits"
+    """Dataset. digits come with scikit-learn; the next four are downloaded; those from imagenet9 on read data.path.
+    null: the kind that data.path is."""
     dir: PathText = "data"
     """Folder for downloads and caches."""
     path: PathText | None = None
-    """A folder tree (folder), ImageNet's train folder (imagenet9), EDM's dataset (zip), images or vectors (npz)."""
+    """A folder tree (folder), ImageNet's train folder (imagenet9), EDM's dataset (zip), images or vectors (npz); a
+    folder of shards, one, or a pattern as 'a-{000..049}.tar' (tar, parquet); a file of encode.py, EDM2's zip or
+    LightningDiT's shards (latents)."""
+    autoencoder: PathText | None = None
+    """Of latents: a diffusers folder, a name on the hub or a checkpoint of objective autoencoder, which makes images of
+    them. null: the one that the file names."""
+    scaling: Literal["edm2", "imm", "lightningdit", "sd"] | None = None
+    """What the model sees of latents: a preset as published, or null: their own mean and spread, to sigma_data."""
+    image_column: str | None = None
+    """The column of a parquet that holds the images. null: the one that can be."""
+    label_column: str | None = None
+    """The column of a parquet that holds the labels. null: the one that is said to, or is called label."""
     resolution: int | None = Field(None, ge=4, le=1024)
     """Side of the square images in pixels; others are resized and centre-cropped. null: the dataset's own."""
     channels: Literal[1, 3] | None = None
     """1 (grey) or 3 (RGB). null: the dataset's own."""
-    conditional: bool = False
-    """Train the network on class labels, so that it can be asked for a class; on conditions, where data are vectors."""
+    conditional: bool | None = False
+    """Train the network on class labels, so that it can be asked for a class; on conditions, where data are vectors.
+    null: chosen by the images; resolution and channels then are too (docs/own_images.md)."""
     flip: bool = False
     """Mirror half of the images. Not for digits or letters. Unlike augment's mirror, the network is not told of it."""
     augment: float = Field(0.0, ge=0, le=1)
@@ -142,7 +172,8 @@ class Network(Section):
     heads: Literal[1, 2] | None = None
     """Outputs of a flow map: 2 for iMF, which also learns the velocity at t."""
     guidance_inputs: bool | None = None
-    """Tell the network the guidance that it is asked for and its interval, as iMF does."""
+    """Tell the network the guidance that it is asked for, as methods do whose objective.guidance is a pair; and its
+    interval, as iMF does."""
     sigma_data: Positive = 0.5
     """Standard deviation of the data, in [-1, 1]."""
     sigma_min: Positive = 0.002
@@ -176,6 +207,15 @@ class SongUNet(UNet):
     """DDPM++ and NCSN++ (Song et al. 2021, 2011.13456), with EDM's arguments."""
 
     name: Literal["song_unet"] = "song_unet"
+    model_channels: int | None = Field(128, ge=4, multiple_of=4)
+    """Channels of the first resolution. null: chosen by the images and the device, here and in the next three
+    (docs/own_images.md)."""
+    channel_mult: list[Count] | None = Field([2, 2, 2], min_length=1)
+    """Channels of each resolution, times model_channels; one entry a resolution, halving each time."""
+    num_blocks: Count | None = 4
+    """Residual blocks per resolution."""
+    attn_resolutions: list[Count] | None = [16]
+    """Resolutions in pixels with self-attention; the deepest block has it anyway."""
     embedding_type: Literal["positional", "fourier"] = "positional"
     """Embedding of the noise label: positional (DDPM++) or fourier (NCSN++)."""
     fourier_scale: Positive = 16.0
@@ -294,6 +334,22 @@ class DiT(Network):
     """Share of labels dropped in training, for classifier-free guidance."""
 
 
+class AutoencoderKL(Section):
+    """diffusers' AutoencoderKL, for objective autoencoder (2112.10752); the defaults are Stable Diffusion's."""
+
+    name: Literal["autoencoder"]
+    latent_channels: Count = 4
+    """Channels of the latent."""
+    block_out_channels: list[Count] = Field([128, 256, 512, 512], min_length=1)
+    """Channels of each level; each but the first halves the image: the default's latents are 8 times smaller."""
+    layers_per_block: Count = 2
+    """Residual blocks per level of the encoder; the decoder has one more."""
+    norm_num_groups: Count = 32
+    """Groups of every group norm; divides all of block_out_channels."""
+    mid_block_add_attention: bool = True
+    """Self-attention at the latent's resolution."""
+
+
 class Distance(Section):
     """The loss's distance: between the two outputs of a pair, or (CMT) to the end of a trajectory."""
 
@@ -382,8 +438,9 @@ class CD(Distilled, Distance):
     """Consistency distillation of a teacher (Song et al. 2023, 2303.01469)."""
 
     name: Literal["cd"]
-    guidance: NonNegative | None = None
-    """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
+    guidance: Guidance = None
+    """w of classifier-free guidance of the teacher, D_null + w (D - D_null), 1 unguided; or [w_min, w_max], between
+    which it is drawn and told to the network, for sampling to choose (2310.04378). null: as it is."""
     N: int = Field(18, ge=2)
     """Noise levels in the grid."""
     mu: float = Field(0.0, ge=0, lt=1)
@@ -419,8 +476,9 @@ class SCD(SCT, Distilled):
     """Continuous-time consistency distillation, sCM (Lu & Song 2024, 2410.11081)."""
 
     name: Literal["scd"]
-    guidance: NonNegative | None = None
-    """w of classifier-free guidance of the teacher, D_null + w (D - D_null). null: as it is."""
+    guidance: Guidance = None
+    """w of classifier-free guidance of the teacher, D_null + w (D - D_null), 1 unguided; or [w_min, w_max], between
+    which it is drawn and told to the network, for sampling to choose (2310.04378). null: as it is."""
 
 
 class TCM(Neighbours):
@@ -511,6 +569,9 @@ class MeanFlow(TwoTimes):
     """v0 (the paper): the larger of two times is t; v1 (released code): t stays, and r is at most t."""
     ratio: float = Field(0.75, ge=0, le=1)
     """Probability that r differs from t; where r = t, plain flow matching is trained."""
+    guidance: Guidance = None
+    """w of the guidance that is learned, so that sampling costs one evaluation; or [w_min, w_max], between which it is
+    drawn and told to the network, for sampling to choose. Needs data.conditional. null: none."""
     kappa: Share = 0.0
     """Share of the network's own guided velocity in the target; the effective guidance is guidance / (1 - kappa)."""
     interval: list[Annotated[float, Field(ge=0, le=1)]] = Field([0.0, 1.0], min_length=2, max_length=2)
@@ -557,6 +618,23 @@ class IMF(Guided):
     """See p."""
 
 
+class Autoencode(Section):
+    """Training of the autoencoder that latents are made by, without a discriminator (2112.10752 app. G)."""
+
+    name: Literal["autoencoder"]
+    metric: Literal["l1", "l2"] = "l1"
+    """Distance of pixels in [-1, 1], a mean over them."""
+    kl_weight: NonNegative = 1e-6
+    """Weight of the latent's KL from a normal distribution, summed over it, over the image's values."""
+    lpips_weight: NonNegative = 0.0
+    """Weight of LPIPS beside the distance: 1 in the paper; needs VGG16's weights. 0: none."""
+    lpips_weights: PathText | None = None
+    """Local file with torchvision's VGG16 weights; null: downloaded."""
+    held_out: PathText | None = None
+    """Other images, of the kind of data.name, that grids and scores are of. null: every 20th of data.path's, which then
+    are never trained on."""
+
+
 class Ema(Section):
     """The averaged weights that are sampled."""
 
@@ -575,9 +653,9 @@ class Ema(Section):
 class Train(Section):
     """The optimizer and the loop."""
 
-    steps: Count = 400_000
-    """Optimizer steps."""
-    batch_size: Count = 128
+    steps: Count | None = 400_000
+    """Optimizer steps. null: chosen by the images and the device, as is batch_size (docs/own_images.md)."""
+    batch_size: Count | None = 128
     """Images per step over all devices."""
     microbatch: Count | Literal["auto"] | None = None
     """Images per pass on one device; gradients accumulate to batch_size. auto: what a GPU holds. null: all at once."""
@@ -621,6 +699,8 @@ class Train(Section):
     """What to do when a checkpoint cannot be written. The one before it stays good."""
     max_bad_steps: int = Field(100, ge=0)
     """Steps in a row with a non-finite loss or gradient after which the run stops and says where it began. 0: never."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project of Weights & Biases that gets the curves, grids and config too; needs `pip install wandb`. null: none."""
 
 
 class Sample(Section):
@@ -638,7 +718,8 @@ class Sample(Section):
     """heun for diffusion and flow models, multistep for consistency models; flow maps: jumps from time to time, or
     renoise, to the data and back with new noise. auto: the one of the method's paper."""
     guidance: NonNegative | None = None
-    """w of classifier-free guidance in sampling, D_null + w (D - D_null) (2207.12598). null: none."""
+    """w of classifier-free guidance in sampling, D_null + w (D - D_null) (2207.12598). null: none; of a network that is
+    told it, the least that it knows (w_min of objective.guidance)."""
     interval: list[Annotated[float, Field(ge=0, le=1)]] | None = Field(None, min_length=2, max_length=2)
     """[t_min, t_max] inside which a network that is told its guidance (imf) is guided. null: everywhere."""
     heun_steps: int = Field(18, ge=2)
@@ -669,15 +750,23 @@ CLOCKS = {"trigflow": ("trigflow", "t"), "sct": ("trigflow", "t"), "scd": ("trig
 FLOW_MAPS = {"flow": "t", "meanflow": "t,t-r", "soflow": "t,t-r", "imf": "t-r"}
 
 
+def tells_guidance(objective: Section) -> bool:
+    """Whether a method tells the network the guidance that it learns: iMF's largest, or a pair."""
+    guidance = getattr(objective, "guidance", None)
+    return isinstance(guidance, list) or (objective.name == "imf" and guidance is not None)
+
+
 class Config(Section):
     """Settings of main.py and generate.py. Every key has a default; config.yml shows them all."""
 
     run: Run = Field(default_factory=Run)
     data: Data = Field(default_factory=Data)
-    network: SongUNet | DhariwalUNet | EDM2UNet | DiT | MLP = Field(default_factory=SongUNet, discriminator="name")
-    objective: EDM | CT | ICT | ECT | CD | TrigFlow | SCT | SCD | TCM | CMT | PD | Flow | MeanFlow | SoFlow | IMF = (
-        Field(default_factory=ECT, discriminator="name")
+    network: SongUNet | DhariwalUNet | EDM2UNet | DiT | MLP | AutoencoderKL = Field(
+        default_factory=SongUNet, discriminator="name"
     )
+    objective: (
+        EDM | CT | ICT | ECT | CD | TrigFlow | SCT | SCD | TCM | CMT | PD | Flow | MeanFlow | SoFlow | IMF | Autoencode
+    ) = Field(default_factory=ECT, discriminator="name")
     ema: Ema = Field(default_factory=Ema)
     train: Train = Field(default_factory=Train)
     sample: Sample = Field(default_factory=Sample)
@@ -687,16 +776,20 @@ class Config(Section):
     def _follow(self) -> "Config":
         """What the method asks of the network, where the network's settings leave it open (null)."""
         n, o = self.network, self.objective
+        if n.name == "autoencoder":
+            return self
         times = FLOW_MAPS.get(o.name)
         precond, c_noise = ("flow", "time") if times else CLOCKS.get(o.name, ("edm", "log"))
         if n.precond is not None:  # as before there was anything to follow
             c_noise = "time" if n.precond == "flow" else "log"
-        guided = getattr(o, "guidance", None) not in (None, False)
         asked = {
             "precond": precond, "c_noise": c_noise, "times": times, "heads": 2 if o.name == "imf" else 1,
-            "guidance_inputs": o.name == "imf" and guided,
+            "guidance_inputs": tells_guidance(o),
         }  # fmt: skip
         self.network = n.model_copy(update={key: value for key, value in asked.items() if getattr(n, key) is None})
+        pair = self.network.guidance_inputs and isinstance(getattr(o, "guidance", None), list)
+        if pair and self.sample.guidance is None:
+            self.sample = self.sample.model_copy(update={"guidance": float(o.guidance[0])})
         return self
 
 

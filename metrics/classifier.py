@@ -13,7 +13,7 @@ from torch import nn
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from checkpoints.disk import write_atomically
-from metrics.common import ImageSet, Log, ScoreError, fetch, one_line
+from metrics.common import ImageSet, Log, ScoreError, fetch, one_line, progress
 
 VERSION = 1  # raise it when the classifier or its training changes: cached ones are then left alone
 SEED = 20230303  # never the run's: every run on a dataset is scored by the same classifier
@@ -132,7 +132,7 @@ def train_classifier(dataset: ImageSet, device: torch.device, log: Log) -> tuple
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1)
     order = rest[:0]
-    with one_thread():
+    with one_thread(), progress("training the classifier", steps * batch) as bar:
         for _ in range(steps):
             if len(order) < batch:
                 order = rest[torch.randperm(len(rest), generator=generator)]
@@ -143,6 +143,7 @@ def train_classifier(dataset: ImageSet, device: torch.device, log: Log) -> tuple
             loss.backward()
             optimizer.step()
             schedule.step()
+            bar.update(batch)
     classifier.eval()
     with torch.no_grad():
         guesses = [classifier(fetch(dataset, rows).to(device))[1].argmax(1).cpu() for rows in held_out.split(512)]

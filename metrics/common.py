@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 Images = Any  # uint8 (N, C, H, W), or anything with a length and batch(int64 indices (B,)) -> uint8 (B, C, H, W)
 ImageSet = Any  # Images with name, channels, resolution, num_classes and labels (int64 (N,), or None)
@@ -19,6 +20,12 @@ def fetch(images: Images, indices: torch.Tensor) -> torch.Tensor:
     if isinstance(images, torch.Tensor):
         return images[indices.to(images.device)].cpu()
     return images.batch(indices).cpu()
+
+
+def progress(what: str, total: int, unit: str = "image", shown: bool = True) -> tqdm:
+    """A bar with the time left for what takes over two seconds; on a terminal only, and gone when it is closed."""
+    settings = {"disable": None if shown else True, "delay": 2, "leave": False, "miniters": 1, "dynamic_ncols": True}
+    return tqdm(desc=what, total=total, unit=unit, **settings)
 
 
 def class_name(number: int, names: list[str] | None) -> str:

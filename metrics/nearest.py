@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from metrics.common import Images, ImageSet, fetch, spread
+from metrics.common import Images, ImageSet, fetch, progress, spread
 
 
 def nearest(samples: Images, dataset: ImageSet, k: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
@@ -13,8 +13,12 @@ def nearest(samples: Images, dataset: ImageSet, k: int, device: str | torch.devi
     0 is a copy; for what else counts as one see `copy_threshold`. By blocks, brute force, results on the CPU.
     """
     k = min(k, len(dataset))
-    blocks = torch.arange(len(samples)).split(1024)
-    distances, indices = zip(*(nearest_block(fetch(samples, rows), dataset, k, device) for rows in blocks), strict=True)
+    found = []
+    with progress("nearest images", len(samples)) as bar:
+        for rows in torch.arange(len(samples)).split(1024):
+            found.append(nearest_block(fetch(samples, rows), dataset, k, device))
+            bar.update(len(rows))
+    distances, indices = zip(*found, strict=True)
     return torch.cat(distances), torch.cat(indices)
 
 

@@ -22,10 +22,11 @@ import torch_fidelity
 from torch.utils.data import Dataset
 from torch_fidelity.metric_fid import fid_input_id_to_statistics, fid_statistics_to_metric
 from torch_fidelity.utils import create_feature_extractor
+from tqdm import tqdm
 
 import config
 from metrics.classifier import MAX_SIZE, classifier_weights
-from metrics.common import Images, ImageSet, Log, ScoreError, class_name, fetch, one_line, spread
+from metrics.common import Images, ImageSet, Log, ScoreError, class_name, fetch, one_line, progress, spread
 from metrics.weights import CLIP, DINOV2, published_weights
 
 FEATURES = {  # metrics.features -> torch-fidelity's extractor, its name for people, and what it resizes images to
@@ -87,6 +88,15 @@ def better(new: dict[str, float], old: dict[str, float]) -> bool:
     return new[name] < old[name] if name in ("fid", "kid", "w2") else new[name] > old[name]
 
 
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of two sets of uint8 images (N, C, H, W), the mean over images.
+
+    10 log10(255^2 / MSE); an image's MSE counts as at least 1/12, that of rounding, so that equal ones stay finite.
+    """
+    errors = torch.stack([(x.double() - y.double()).square().mean() for x, y in zip(a, b, strict=True)])
+    return float((10 * (255**2 / errors.clamp(min=1 / 12)).log10()).mean())
+
+
 def score(
     samples: Images,
     dataset: ImageSet | None,  # the training set; None is enough where metrics.reference is set
@@ -121,7 +131,7 @@ def score(
         else:
             weights, identity = published_weights(features, metrics_cfg.weights, log), "rgb"
         options: dict[str, Any] = {
-            "input1": FidelityImages(samples, rgb),
+            "input1": FidelityImages(samples, rgb, "scoring"),
             "feature_extractor": FEATURES[features][0],
             "feature_extractor_weights_path": None if weights is None else str(weights),
             "batch_size": batch_size,
@@ -137,7 +147,7 @@ def score(
         result = torch_fidelity.calculate_metrics(
             **options,
             **{name: True for name in metrics_cfg.scores},
-            input2=FidelityImages(own, rgb),
+            input2=FidelityImages(own, rgb, "reference statistics"),
             input2_cache_name=name,
             cache_root=str(cache / "fidelity"),
             kid_subset_size=min(1000, len(samples), len(own)),
@@ -230,10 +240,11 @@ def fid_to_statistics(options: dict[str, Any], path: str | Path) -> float:
 
 
 class FidelityImages(Dataset[torch.Tensor]):
-    """Images as the Dataset that torch-fidelity reads, by whole batches."""
+    """Images as the Dataset that torch-fidelity reads, by whole batches, from first to last; a bar says how far."""
 
-    def __init__(self, images: Images, rgb: bool) -> None:
-        self.images, self.rgb = images, rgb
+    def __init__(self, images: Images, rgb: bool, what: str) -> None:
+        self.images, self.rgb, self.what = images, rgb, what
+        self.bar: tqdm | None = None  # while they are read
 
     def __len__(self) -> int:
         return len(self.images)
@@ -242,7 +253,13 @@ class FidelityImages(Dataset[torch.Tensor]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        if self.bar is None:
+            self.bar = progress(self.what, len(self))
         images = fetch(self.images, torch.tensor(indices))
+        self.bar.update(len(images))
+        if self.bar.n >= len(self):
+            self.bar.close()
+            self.bar = None
         return list(images.expand(-1, 3, -1, -1) if self.rgb else images)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,8 +75,9 @@ def download(network: str, url: str, path: Path, log: Log) -> None:
     log(f"fetching {network}'s weights from {url}")
     path.parent.mkdir(parents=True, exist_ok=True)
     advice = f"get {url} on another machine and give it as metrics.weights=PATH"
+    hash_prefix = path.stem.rsplit("-", 1)[1]
     with mendable(f"{network}'s weights could not be fetched (%s): {advice}"):
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[1], progress=False)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix, progress=sys.stderr.isatty())
 
 
 @contextlib.contextmanager

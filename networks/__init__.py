@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .autoencoder import Autoencoder, fresh
 from .dit import DiT
 from .edm2 import EDM2UNet
 from .flow_map import FlowMap, columns
@@ -13,6 +14,7 @@ from .unet import DhariwalUNet, SongUNet
 __all__ = [
     "MLP",
     "NETWORKS",
+    "Autoencoder",
     "DhariwalUNet",
     "DiT",
     "EDM2UNet",
@@ -35,14 +37,18 @@ def build(
     augment_dim: int = 0,
     shape: tuple[int, ...] | None = None,  # of vectors, instead of the four above
     condition_dim: int = 0,
-) -> Preconditioner | FlowMap:
+) -> Preconditioner | FlowMap | Autoencoder:
     """The network of `settings` (a config's `network` section) in its wrapper, fresh float32 weights on the CPU.
 
-    A flow map where settings["times"] says what it is told of its two times, else a denoiser.
+    A flow map where settings["times"] says what it is told of its two times; an autoencoder; else a denoiser.
 
     Draws them from torch's global generator. ValueError where the settings do not fit the data. The weights are NCHW,
     the faster layout on a CPU (its channels_last group norm is slow); on a GPU, ask `.to()` for channels_last.
     """
+    if settings["name"] == "autoencoder":
+        if shape is not None:
+            raise ValueError("an autoencoder takes images, and the data are vectors")
+        return fresh(settings, resolution, channels)
     settings = {key: value for key, value in settings.items() if key != "label_dropout"}  # training drops them
     network = NETWORKS[settings.pop("name")]
     wrapping = {key: settings.pop(key) for key in ("precond", "c_noise", "sigma_data", "sigma_max")}
@@ -50,6 +56,8 @@ def build(
     flow = {key: settings.pop(key, default) for key, default in (("heads", 1), ("guidance_inputs", False))}
     if times is not None:
         settings |= {"told": columns(times, flow["guidance_inputs"]), "heads": flow["heads"]}
+    elif flow["guidance_inputs"]:
+        settings["told"] = 2
     if network is MLP:
         if shape is None:
             raise ValueError("mlp makes vectors, and the data are images; set network.name: song_unet")
@@ -61,4 +69,4 @@ def build(
         model = network(resolution, channels, channels, label_dim=label_dim, augment_dim=augment_dim, **settings)
     if times is not None:
         return FlowMap(model, times, **wrapping, **flow)
-    return Preconditioner(model, **wrapping, sigma_min=sigma_min)
+    return Preconditioner(model, **wrapping, sigma_min=sigma_min, guidance_inputs=bool(flow["guidance_inputs"]))

@@ -280,7 +280,7 @@ def zeros(layer: nn.Module) -> nn.Module:
 def pixels(x: Tensor, rows: int, cols: int, p: int) -> Tensor:
     """Patches (B, rows * cols, p * p * C) as an image (B, C, rows * p, cols * p)."""
     x = x.view(x.shape[0], rows, cols, p, p, -1).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(len(x), -1, rows * p, cols * p)
+    return x.reshape(x.shape[0], -1, rows * p, cols * p)  # len: torch.export would take it for a constant
 
 
 def angles(n: int, channels: int, device: torch.device) -> Tensor:

@@ -93,6 +93,9 @@ class Preconditioner(Wrapper):
     precond: "edm", "cm" whose boundary is D(x; sigma_min) = x, or "trigflow": edm in the clock t = atan(sigma/sd), with
     the sign of F turned. c_noise: "log" is ln(sigma)/4, "log250" is 250 ln(sigma), "t" is t. The arithmetic is float32
     (float64 for float64 x), whatever the network computes in: its weights' dtype, or what `autocast` says.
+    guidance_inputs: the network is also told ln w (1000 ln w where c_noise is log250) of the guidance that it is asked
+    for, D_null + w (D - D_null): 1 is unguided (LCM's w, 2310.04378, is ours less 1). A second number in c_noise, it
+    has the noise level's sinusoidal embedding and columns of its own in the layer behind, so that the two are added.
     """
 
     clock = "sigma"  # what the calls are told of the noise: its level
@@ -105,44 +108,57 @@ class Preconditioner(Wrapper):
         sigma_data: float = 0.5,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
+        guidance_inputs: bool = False,
     ) -> None:
         super().__init__(model, precond, c_noise, sigma_data, sigma_max)
         if precond not in ("edm", "cm", "trigflow"):
             raise ValueError(f"precond is {precond!r}; it must be edm, cm or trigflow")
         if c_noise not in ("log", "log250", "t"):
             raise ValueError(f"c_noise is {c_noise!r}; it must be log, log250 or t")
+        if getattr(model, "told", None) not in (None, 1 + guidance_inputs):
+            raise ValueError(
+                f"the network is told {model.told} numbers a sample, and this wrapper has {1 + guidance_inputs}"
+            )
         self.sigma_min = sigma_min
+        self.guidance_inputs = guidance_inputs
         # The fastest that the noise embedding turns, in radians for each unit of ln sigma.
         fastest = max((module.fastest for module in model.modules() if hasattr(module, "fastest")), default=1.0)
         self.turn: float = fastest * {"log": 0.25, "log250": 250.0, "t": 0.5}[c_noise]
 
     def forward(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None,
-        condition: Tensor | None = None, dropout_keys: Tensor | None = None,
+        condition: Tensor | None = None, dropout_keys: Tensor | None = None, guidance: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Estimate of the clean data, of x's shape; float32, or float64 if x is float64.
 
         x: (B, ...) noisy data. sigma: (B,) its noise levels. Conditions: class_labels (B, label_dim) one-hot or None
         (the null label); augment_labels (B, augment_dim) or None (not augmented); condition (B, condition_dim), for
-        networks that have one; dropout_keys, int64 (B,). ValueError for labels or conditions of another shape.
+        networks that have one; dropout_keys, int64 (B,). With guidance_inputs only: guidance (B,), the weight w (None:
+        1, unguided). ValueError for labels, conditions or guidance that the network does not take.
         """
         x, sigma = self._cast(x, sigma)
         c_skip, c_out, _, _ = self.coefficients(sigma)
-        F = self.raw(x, sigma, class_labels, augment_labels, condition, dropout_keys).to(x.dtype)
+        labels = (class_labels, augment_labels, condition, dropout_keys)
+        F = self.raw(x, sigma, *labels, guidance=guidance).to(x.dtype)
         return wide(c_skip, x) * x + wide(c_out, x) * F
 
-    def raw(self, x: Tensor, sigma: Tensor, *labels: Tensor | None, **conditions: Tensor | None) -> Tensor:
+    def raw(
+        self, x: Tensor, sigma: Tensor, *labels: Tensor | None, guidance: Tensor | None = None,
+        **conditions: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """F(c_in x, c_noise(sigma)), the network's own output in its own dtype; arguments as in `forward`."""
         x, sigma = self._cast(x, sigma)
         _, _, c_in, c_noise = self.coefficients(sigma)
+        c_noise = self._told(c_noise, guidance)
         dtype = next(self.model.parameters()).dtype
         labels, more = self._given(x, dtype, *labels, **conditions)
         with self._casting(x):
             return self.model((wide(c_in, x) * x).to(dtype), c_noise.to(dtype), *labels, **more)
 
     def jvp(
-        self, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor, raw: bool = False, **conditions: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, sigma: Tensor, dx: Tensor, dsigma: Tensor, raw: bool = False, guidance: Tensor | None = None,
+        **conditions: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(D, its derivative along (dx, dsigma)), or F's if `raw`; shapes as in `forward`; one pass in forward mode.
 
         Only the network computes in its own dtype; the derivative's error is that dtype's, however small the direction.
@@ -151,8 +167,8 @@ class Preconditioner(Wrapper):
         dx, dsigma = dx.to(x.dtype), dsigma.to(sigma.dtype)
         (c_skip, c_out, c_in, c_noise), d = torch.func.jvp(self.coefficients, (sigma,), (dsigma,))
         dtype = next(self.model.parameters()).dtype
-        primals = wide(c_in, x) * x, c_noise
-        tangents = wide(c_in, x) * dx + wide(d[2], x) * x, d[3]
+        primals = wide(c_in, x) * x, self._told(c_noise, guidance)
+        tangents = wide(c_in, x) * dx + wide(d[2], x) * x, self._told(d[3], None)  # ln 1 = 0: w stays as it is
         places = (v.to(dtype) for v in (*primals, *tangents))
         with self._casting(x), plain_kernels():  # the fused kernels have no forward mode
             F, dF = (self.compiled_jvp or self.network_jvp)(*places, *self._given(x, dtype, **conditions))
@@ -161,6 +177,18 @@ class Preconditioner(Wrapper):
         F, dF = F.to(x.dtype), dF.to(x.dtype)
         D = wide(c_skip, x) * x + wide(c_out, x) * F
         return D, wide(c_skip, x) * dx + wide(d[0], x) * x + wide(c_out, x) * dF + wide(d[1], x) * F
+
+    def _told(self, c_noise: Tensor, guidance: Tensor | None) -> Tensor:
+        """What the network is told: c_noise (B,), or (B, 2) with the guidance beside it."""
+        if not self.guidance_inputs:
+            if guidance is not None:
+                raise ValueError("this network is not told guidance; build it with guidance_inputs")
+            return c_noise
+        w = torch.as_tensor(1.0 if guidance is None else guidance).to(c_noise)
+        if w.shape not in (c_noise.shape, ()):
+            raise ValueError(f"guidance has shape {tuple(w.shape)}; a batch of {len(c_noise)} needs ({len(c_noise)},)")
+        label = w.log() * (1000 if self.c_noise == "log250" else 1)
+        return torch.stack([c_noise, label.expand(c_noise.shape)], dim=1)
 
     def logvar(self, sigma: Tensor) -> Tensor:
         """u(sigma) of noise levels (B,), (B,) in float32 or float64: the log of the loss's size, if it is learned."""

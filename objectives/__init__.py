@@ -9,8 +9,10 @@
 
 `model(x, sigma, **conditions)` is any module from a batch of any shape and its noise levels (B,) to clean data. Flow
 maps (flow, meanflow, soflow, imf) are `model(z, t, r, **conditions)`, the average velocity between two times (B,).
+autoencoder's is `model.encode(x)` and `model.decode(z)`, networks.Autoencoder.
 """
 
+from objectives.autoencoder import KLAutoencoder as KLAutoencoder
 from objectives.cd import ConsistencyDistillation as ConsistencyDistillation
 from objectives.cmt import MidTraining as MidTraining
 from objectives.common import Output as Output

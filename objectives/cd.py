@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from objectives.common import Model, append_dims
+from objectives.common import Model, Output, append_dims, taught
 from objectives.ct import ConsistencyTraining
+from objectives.draws import Draws
 from objectives.losses import Distance
-from sampler import guided
 
 
 class ConsistencyDistillation(ConsistencyTraining):
-    """CT's loss with x_n from one step of the teacher's ODE from x_{n+1}, a fixed grid and a fixed target decay."""
+    """CT's loss with x_n from one step of the teacher's ODE from x_{n+1}, a fixed grid and a fixed target decay.
+
+    Of a pair [w_min, w_max] as guidance, each sample's w is drawn from U[w_min, w_max], guides the teacher and is told
+    to student and target, so that sampling can choose it in one evaluation (LCM, 2310.04378).
+    """
 
     scheduled = False
 
@@ -23,7 +29,7 @@ class ConsistencyDistillation(ConsistencyTraining):
         N: int = 18,  # noise levels in the grid
         mu: float = 0.0,  # decay of the target; 0: it is the student
         solver: str = "heun",  # or "euler"
-        guidance: float | None = None,  # w of classifier-free guidance of the teacher; None: as it is
+        guidance: float | Sequence[float] | None = None,  # w of the teacher's guidance, or a pair; None: as it is
         weighting: str = "uniform",
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
@@ -53,6 +59,13 @@ class ConsistencyDistillation(ConsistencyTraining):
         """mu, the same at every step."""
         return self.mu
 
+    def forward(
+        self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None, **given: torch.Tensor | None
+    ) -> Output:
+        """As CT's; of a pair as guidance, w (B,) may be given as `guidance`."""
+        draws = draws or Draws.fresh(x)
+        return super().forward(model, x, step, draws, **{**draws.told(self.guidance, x.dtype), **given})
+
     def lower_point(
         self,
         x_high: torch.Tensor,
@@ -63,7 +76,8 @@ class ConsistencyDistillation(ConsistencyTraining):
         conditions: dict[str, torch.Tensor | None],
     ) -> torch.Tensor:
         """One Heun or Euler step of dx/dsigma = (x - D_teacher) / sigma from `high` to `low`."""
-        teacher, high_, low_ = guided(self.teacher, self.guidance), append_dims(high, x), append_dims(low, x)
+        teacher, conditions = taught(self.teacher, self.guidance, conditions)
+        high_, low_ = append_dims(high, x), append_dims(low, x)
         slope = (x_high - teacher(x_high, high, **conditions)) / high_
         x_low = x_high + (low_ - high_) * slope
         if self.solver == "euler":

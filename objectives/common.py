@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+
+from sampler import guided
 
 Model = Callable[..., torch.Tensor]  # model(x, sigma, **conditions) -> clean data of x's shape
 
@@ -107,6 +109,13 @@ def along_map(
         if hasattr(model, "jvp"):
             return model.jvp(z, t, r, dz, dt, dr, **conditions)
         return torch.func.jvp(lambda z, t, r: model(z, t, r, **conditions), (z, t, r), (dz, dt, dr))
+
+
+def taught(
+    teacher: Model, w: float | Sequence[float] | None, conditions: dict[str, torch.Tensor | None]
+) -> tuple[Model, dict[str, torch.Tensor | None]]:
+    """The teacher guided by w, or by the `guidance` (B,) that the student is told, and the conditions that it takes."""
+    return guided(teacher, conditions.get("guidance", w)), {k: v for k, v in conditions.items() if k != "guidance"}
 
 
 def passes_alone(model: Model, conditions: dict[str, torch.Tensor | None]) -> bool:

@@ -76,6 +76,12 @@ class Draws:
         size = (self.total, *shape[1:])
         return self.own(torch.rand(size, generator=self.generator, device=self.device, dtype=dtype))
 
+    def told(self, w: float | Sequence[float] | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """{"guidance": (count,)}, U[w[0], w[1]] for each sample (2310.04378 alg. 1), of a pair w; nothing of others."""
+        if not isinstance(w, Sequence):
+            return {}
+        return {"guidance": w[0] + (w[1] - w[0]) * self.uniform((self.count,), dtype)}
+
     def integers(self, high: int, shape: Sequence[int]) -> torch.Tensor:
         """int64 in [0, high) of `shape`, whose first entry is `count`."""
         size = (self.total, *shape[1:])

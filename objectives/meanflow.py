@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from objectives.common import Model, Output, along_map, append_dims, by_time, passes_alone, replayed, rng_state
@@ -17,7 +19,8 @@ class MeanFlow(torch.nn.Module):
     du/dt is the derivative of u along (v, 1, 0) in (z, t, r), by forward mode. v is noise - x; with a teacher its
     velocity at z (the distillation of 2507.03738's code). Guided, v becomes w v + (1 - w - kappa) u(z, t, t | null) +
     kappa u(z, t, t | label) inside an interval of t, as target and as direction (sec. 4.2, app. B.3), and labels are
-    dropped here: the sampled model is guided already, in one evaluation.
+    dropped here: the sampled model is guided already, in one evaluation. Of a pair [w_min, w_max] as guidance, each
+    sample's w is drawn from U[w_min, w_max] and told to the network, so that sampling can choose it.
     """
 
     rows_differ = True  # the first rows of a batch may need fewer passes
@@ -32,7 +35,7 @@ class MeanFlow(torch.nn.Module):
         ratio: float = 0.75,  # probability that r differs from t
         p: float = 0.75,  # power of the adaptive weight
         eps: float = 1e-3,
-        guidance: float | None = None,  # w; None: not guided
+        guidance: float | Sequence[float] | None = None,  # w, or a pair, then kappa is 0; None: not guided
         kappa: float = 0.0,  # share of the network's own guided velocity; the effective w is w / (1 - kappa)
         interval: tuple[float, float] = (0.0, 1.0),  # of t, where it is guided
         label_dropout: float = 0.1,  # share of labels dropped where guided
@@ -71,24 +74,25 @@ class MeanFlow(torch.nn.Module):
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
         z, v = on_path(x, noise, t)
-        dropped, labelled = torch.zeros_like(t, dtype=torch.bool), conditions
+        dropped, labelled, told = torch.zeros_like(t, dtype=torch.bool), conditions, {}
         if self.guidance is not None:
             dropped = draws.dropped(self.label_dropout)
             conditions = without(labelled, dropped)
+            told = draws.told(self.guidance, x.dtype)
 
         dropout = rng_state(x.device)
-        u = model(z, t, r, **conditions)
+        u = model(z, t, r, **conditions, **told)
         with torch.no_grad():
             if self.teacher is not None:
                 v = velocity(self.teacher, z, t, **conditions)
             if self.guidance is not None:
-                v = self.guided(model, z, v, t, dropped, labelled, dropout)
+                v = self.guided(model, z, v, t, dropped, labelled, told, dropout)
             dudt = torch.zeros_like(v)
             first = front if passes_alone(model, conditions) else 0  # where r = t, du/dt is multiplied by 0
             if first < len(x):
                 rows = [values[first:] for values in (z, t, r, v, torch.ones_like(t), torch.zeros_like(r))]
                 with replayed(dropout, x.device):
-                    _, dudt[first:] = along_map(model, *rows, **of_rows(conditions, first))
+                    _, dudt[first:] = along_map(model, *rows, **of_rows({**conditions, **told}, first))
             target = v - append_dims(t - r, x) * dudt
         square = (u - target).square().reshape(len(x), -1)
         mean = square.mean(1)
@@ -98,18 +102,23 @@ class MeanFlow(torch.nn.Module):
 
     def guided(
         self, model: Model, z: torch.Tensor, v: torch.Tensor, t: torch.Tensor, dropped: torch.Tensor,
-        labelled: dict[str, torch.Tensor | None], dropout: tuple[torch.Tensor, torch.Tensor | None],
+        labelled: dict[str, torch.Tensor | None], told: dict[str, torch.Tensor],
+        dropout: tuple[torch.Tensor, torch.Tensor | None],
     ) -> torch.Tensor:  # fmt: skip
-        """v (B, ...) guided where t lies in the interval and the label is kept, by teacher's or model's velocities."""
+        """v (B, ...) guided where t lies in the interval and the label is kept, by teacher's or model's velocities.
+
+        told: w (B,) as `guidance`, where the network is told it; the null label's velocity is the same for every w.
+        """
 
         def own(conditions: dict[str, torch.Tensor | None]) -> torch.Tensor:
             if self.teacher is not None:
                 return velocity(self.teacher, z, t, **conditions)
-            return ask(dropout, model, z, t, t, **conditions)
+            return ask(dropout, model, z, t, t, **conditions, **told)
 
         low, high = self.interval
         here = append_dims((t >= low) & (t <= high) & ~dropped, z).bool()
-        mixed = self.guidance * v + (1 - self.guidance - self.kappa) * own(without(labelled))
+        w = append_dims(told["guidance"], z) if told else self.guidance
+        mixed = w * v + (1 - w - self.kappa) * own(without(labelled))
         if self.kappa:
             mixed = mixed + self.kappa * own(labelled)
         return torch.where(here, mixed, v)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 
-from objectives.common import Model, Output, append_dims, by_level, held, replayed, rng_state
+from objectives.common import Model, Output, append_dims, by_level, held, replayed, rng_state, taught
 from objectives.draws import Draws
-from sampler import guided
 
 # torch scripts its own forward-mode rules when they are first used, and warns of it.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
@@ -36,7 +36,8 @@ class ContinuousConsistency(torch.nn.Module):
     """loss = e^w(t)/d |F(x_t/sd, t) - sg F - g|^2 - w(t), in TrigFlow: x_t = cos(t) x + sin(t) z, z ~ N(0, sd^2).
 
     g is the normalised tangent, from a forward-mode derivative of the network along the ODE. Without a teacher the
-    ODE's slope is that of the pair (x, z): sCT; with one it is the teacher's: sCD.
+    ODE's slope is that of the pair (x, z): sCT; with one it is the teacher's: sCD, and of a pair [w_min, w_max] as
+    guidance each sample's w is drawn from U[w_min, w_max], guides the teacher and is told to the student (2310.04378).
 
     FACM's anchor (2507.03738) adds flow matching of the same slope, by the same network told -t: F(x_t/sd, -t).
     """
@@ -49,7 +50,7 @@ class ContinuousConsistency(torch.nn.Module):
         warmup: int = 10_000,  # H: steps over which the tangent's second half grows in; r = min(1, k/H)
         c: float = 0.1,  # normalisation g / (|g| + c)
         teacher: torch.nn.Module | None = None,  # a denoiser, in eval mode
-        guidance: float | None = None,  # w of classifier-free guidance of the teacher
+        guidance: float | Sequence[float] | None = None,  # w of the teacher's guidance, or a pair; None: as it is
         weight: torch.nn.Module | None = None,  # w(t); None: AdaptiveWeight
         anchor: float = 0.0,  # weight of FACM's flow-matching loss; 0: none
     ):
@@ -63,13 +64,15 @@ class ContinuousConsistency(torch.nn.Module):
         self, model: Model, x: torch.Tensor, step: int = 0, draws: Draws | None = None,
         t: torch.Tensor | None = None, noise: torch.Tensor | None = None, **conditions: torch.Tensor | None,
     ) -> Output:  # fmt: skip
-        """x (B, ...) clean data; angles t (B,) in (0, pi/2) and noise (B, ...) ~ N(0, 1) may be given."""
+        """x (B, ...) clean data; angles t (B,) in (0, pi/2), noise (B, ...) ~ N(0, 1) and, of a pair, guidance (B,) may
+        be given."""
         draws, sd = draws or Draws.fresh(x), self.sigma_data
         if t is None:
             sigma = (self.P_mean + self.P_std * draws.normal((len(x),), x.dtype)).exp()
             t = torch.atan(sigma / sd)
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
+        conditions = {**draws.told(self.guidance, x.dtype), **conditions}
         cos, sin = append_dims(t.cos(), x), append_dims(t.sin(), x)
         x_t = cos * x + sin * sd * noise
         dxdt = cos * sd * noise - sin * x if self.teacher is None else self.teacher_slope(x_t, t, conditions)
@@ -94,8 +97,9 @@ class ContinuousConsistency(torch.nn.Module):
     def teacher_slope(self, x_t: torch.Tensor, t: torch.Tensor, conditions: dict) -> torch.Tensor:
         """dx/dt = sd F_teacher, from the teacher's denoiser: (cos(t) x_t - D) / sin(t)."""
         cos, sin = append_dims(t.cos(), x_t), append_dims(t.sin(), x_t)
+        teacher, conditions = taught(self.teacher, self.guidance, conditions)
         with torch.no_grad():
-            D = guided(self.teacher, self.guidance)(x_t / cos, self.sigma_data * t.tan(), **conditions)
+            D = teacher(x_t / cos, self.sigma_data * t.tan(), **conditions)
         return (cos * x_t - D) / sin
 
     def tangent(

@@ -66,10 +66,22 @@ def trained_model(args: argparse.Namespace, cfg: Config, device: torch.device) -
 
     state = checkpoints.load(args.ckpt)
     trained = checkpoints.config_of(state, args.ckpt)
+    if trained.network.name == "autoencoder":
+        out = ("--out", "latents.safetensors")
+        encode = config.command("encode.py", "--cfg", args.cfg, "--autoencoder", args.ckpt, *out)
+        raise ConfigError(f"{args.ckpt}: is an autoencoder, which draws no samples; make latents by it: {encode}")
     different = config.first_difference(Config(network=trained.network), Config(network=cfg.network))
     if different:
         raise ConfigError(f"{args.ckpt}: was trained with another network: {different}; use the config.yml beside it")
-    return checkpoints.model_from(state, args.ckpt, args.ema).to(device), state["step"]
+    as_trained = cfg.model_copy(update={"objective": trained.objective})
+    for key, message in config.rules.sampled_guidance(as_trained):
+        raise ConfigError(f"{args.ckpt}: {key}: {message}")
+    model = checkpoints.model_from(state, args.ckpt, args.ema).to(device)
+    if model.codec.kind == "latents":
+        from sampling import decoding
+
+        decoding.attach([model.codec], cfg.data.autoencoder, device)
+    return model, state["step"]
 
 
 def chosen_levels(

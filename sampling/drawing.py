@@ -31,6 +31,7 @@ class Drawing:
     guidance: float | None = None
     interval: list[float] | None = None  # of t, where the network is told its guidance
     of_class: int | None = None  # the one class that all are asked for
+    bar: Any = None  # a tqdm that hears of every batch
     drawn: int = 0
     seconds: float = 0.0
 
@@ -39,8 +40,12 @@ class Drawing:
         started = time.perf_counter()
         given = None if self.given is None else self.given[start:stop]
         how = (self.levels, self.solver, given, self.batch, self.guidance, self.interval)
-        batches = generate(self.model, self.seed, range(start, stop), *how)
-        samples = torch.cat([self.model.codec.from_model(x).cpu() for x in batches])
+        batches = []
+        for x in generate(self.model, self.seed, range(start, stop), *how):
+            batches.append(self.model.codec.from_model(x).cpu())
+            if self.bar is not None:
+                self.bar.update(len(x))
+        samples = torch.cat(batches)
         self.drawn, self.seconds = self.drawn + len(samples), self.seconds + time.perf_counter() - started
         return samples
 
@@ -52,8 +57,9 @@ class Drawing:
 
     @property
     def nfe(self) -> int:
-        """Evaluations of the network per sample."""
-        return 2 * len(self.levels) - 1 if self.solver == "heun" else len(self.levels)
+        """Evaluations of the network per sample; guidance doubles them, unless the network is told it."""
+        calls = 2 * len(self.levels) - 1 if self.solver == "heun" else len(self.levels)
+        return calls * sampler.evaluations(self.model, self.guidance)
 
     def told(self, things: str) -> str:
         """What was drawn, in words; things: "samples" or "vectors"."""

@@ -25,11 +25,13 @@ import data
 from checkpoints.disk import write_atomically
 from config import Config, ConfigError
 from metrics import distance, pictures, scores
-from sampling import choices, shards
+from metrics.common import progress
+from sampling import choices, decoding, shards
 from sampling.drawing import Drawing, Stream
 from sources import vectors
-from sources.codecs import ImageCodec, VectorCodec
+from sources.codecs import ImageCodec, LatentCodec, VectorCodec
 from sources.images import ImageSet, fit_channels
+from sources.latents import LatentSet
 from sources.vectors import VectorSet
 
 GRID = 400  # most samples in a grid
@@ -40,7 +42,7 @@ Given = torch.Tensor | None  # what each sample is asked for
 class ImageSamples:
     """Samples that are uint8 images (N, C, H, W), each asked for by its class, int64 (N,), or by nothing."""
 
-    codec: ImageCodec
+    codec: ImageCodec | LatentCodec
 
     # What generate.py asks; args: its options ----
 
@@ -63,10 +65,9 @@ class ImageSamples:
     def training_set(self, cfg: Config) -> ImageSet:
         """The config's dataset. Raises ConfigError where it is not like the model's."""
         dataset = data.load(cfg.data)
-        channels, side = (self.codec.network_shape[name] for name in ("channels", "resolution"))
-        if dataset.shape != (channels, side, side):
-            have = "x".join(map(str, dataset.shape))
-            raise ConfigError(f"data: is {have} and the checkpoint's {channels}x{side}x{side}")
+        if dataset.shape != self.codec.image_shape:
+            a, b = ("x".join(map(str, shape)) for shape in (dataset.shape, self.codec.image_shape))
+            raise ConfigError(f"data: is {a} and the checkpoint's {b}")
         return dataset
 
     def said(self, drawing: Drawing, out: Path, where: str) -> str:
@@ -121,9 +122,11 @@ class ImageSamples:
         It lies in `out`, beside the folder where this has single images: other programs score all that it holds.
         """
         if format != "grid":
-            images = read_images(out, cfg, self.codec.network_shape["channels"])
+            images = read_images(out, cfg, self.codec.image_shape[0])
         else:
-            images = drawing.draw(0, drawing.num) if drawing.num <= GRID else drawing.stream()
+            with progress("sampling", drawing.num, "sample") as drawing.bar:
+                images = drawing.draw(0, drawing.num) if drawing.num <= GRID else drawing.stream()
+            drawing.bar = None
         grid = out / "grid" if format != "png" else out.with_name(f"{out.name}-grid")
         if format != "png" or not grid.with_suffix(".png").exists():  # of something else
             self.write_grid(scores.fetch(images, torch.arange(min(drawing.num, GRID))), None, grid)
@@ -239,12 +242,47 @@ class VectorSamples:
         return distance.describe(found, num)
 
 
-Samples = ImageSamples | VectorSamples
+class LatentSamples(ImageSamples):
+    """Samples that are decoded from latents: images, compared with images."""
+
+    images: ImageSet | None = None  # what the latents of training are of
+
+    def training_set(self, cfg: Config) -> ImageSet:
+        """The images that the config's latents are of; or images of the size of the samples, where it names those."""
+        dataset = data.load(cfg.data)
+        if not isinstance(dataset, LatentSet):
+            return super().training_set(cfg)
+        c, r = (self.codec.network_shape[name] for name in ("channels", "resolution"))
+        if dataset.shape != (c, r, r):
+            what = f"{'x'.join(map(str, dataset.shape))}, and the checkpoint's are {c}x{r}x{r}"
+            raise ConfigError(f"data.path: {cfg.data.path} holds latents of {what}")
+        return self.in_pixels(dataset, cfg)
+
+    def in_pixels(self, dataset: Any, cfg: Config) -> Any:
+        """Latents as images, those they were made of or decoded; anything else as it is."""
+        if not isinstance(dataset, LatentSet):
+            return dataset
+        self.images = self.images or decoding.images_of(dataset, self.codec, cfg)
+        return self.images
+
+    def score(
+        self, samples: Any, given: Given, dataset: Any, cfg: Config, device: torch.device, log: Callable = print,
+        of_class: int | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """As ImageSamples.score; dataset: latents or images."""
+        return super().score(samples, given, self.in_pixels(dataset, cfg), cfg, device, log, of_class)
+
+    def describe(self, found: dict[str, float], cfg: Config, num: int, dataset: Any, drawing: Drawing) -> str:
+        """As ImageSamples.describe; dataset: latents or images."""
+        return super().describe(found, cfg, num, self.in_pixels(dataset, cfg), drawing)
 
 
-def samples_of(codec: ImageCodec | VectorCodec) -> Samples:
+Samples = ImageSamples | LatentSamples | VectorSamples
+
+
+def samples_of(codec: ImageCodec | LatentCodec | VectorCodec) -> Samples:
     """What is done with the samples of a model with this codec."""
-    return {"images": ImageSamples, "vectors": VectorSamples}[codec.kind](codec)
+    return {"images": ImageSamples, "latents": LatentSamples, "vectors": VectorSamples}[codec.kind](codec)
 
 
 # Images made elsewhere ------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import sampler
 from checkpoints.disk import write_atomically
 from config import Config, ConfigError
 from metrics import pictures, scores
+from metrics.common import progress
 from sampling import plan
 
 if TYPE_CHECKING:
@@ -41,19 +44,26 @@ def search(
     def score(tried: list[float]) -> float:
         images = replace(drawing, levels=tried).stream()
         value = scores.score(images, dataset, settings, cfg.data.dir, device, of_class=drawing.of_class)[name]
-        print(f"  {value:10.4g}   {_short(tried)}", flush=True)
+        bar.update()
+        say(f"  {value:10.4g}   {_short(tried)}")
         return value
+
+    def say(line: str) -> None:
+        bar.write(line)  # above the bar
+        sys.stdout.flush()
 
     how = f"{scores.features_name(settings)}, {scores.reference(settings, dataset, drawing.of_class)}"
     print(f"{drawing.num:,} samples a trial, seed {drawing.seed}{drawing.asked()}; {how}")
     print(f"  {name:>10}   levels")
-    top = plan.highest_level(cfg)
-    score([top])
-    for found, value in sampler.search_levels(score, steps, top, plan.lowest_level(cfg), clock=clock):
-        entry = {levels: found, name: value, "features": scores.features_name(settings), "samples": drawing.num}
-        entry |= {"seed": drawing.seed, "step": step} | ({"solver": drawing.solver} if clock == "time" else {})
-        remember(path, len(found), entry)
-        print(f"--steps {len(found)}: {_short(found)}: {name} {value:.4g}, kept in {path}", flush=True)
+    top, low = plan.highest_level(cfg), plan.lowest_level(cfg)
+    with progress("search", 1 + (steps - 1) * _trials(low, top, clock), "trial") as bar:
+        score([top])
+        for found, value in sampler.search_levels(score, steps, top, low, clock=clock):
+            entry = {levels: found, name: value, "features": scores.features_name(settings), "samples": drawing.num}
+            entry |= {"seed": drawing.seed, "step": step} | ({"solver": drawing.solver} if clock == "time" else {})
+            remember(path, len(found), entry)
+            bar.total = bar.n + (steps - len(found)) * _trials(low, found[-1], clock)
+            say(f"--steps {len(found)}: {_short(found)}: {name} {value:.4g}, kept in {path}")
 
 
 def sweep(
@@ -68,20 +78,29 @@ def sweep(
     rows: dict[int, dict[str, float]] = {}
     how = f"{scores.features_name(cfg.metrics)}, {scores.reference(cfg.metrics, dataset, drawing.of_class)}"
     print(f"{drawing.num:,} samples, seed {drawing.seed}{drawing.asked()}; {how}")
-    for steps, (levels, solver) in plans.items():
-        trial = replace(drawing, levels=levels, solver=solver)
-        rows[steps] = scores.score(
-            trial.stream(), dataset, cfg.metrics, cfg.data.dir, device, of_class=drawing.of_class
-        )
-        if len(rows) == 1:
-            print("steps" + "".join(f"{name:>11}" for name in rows[steps]) + "   levels")
-        values = "".join(f"{value:11.4g}" for value in rows[steps].values())
-        print(f"{steps:5}{values}   {_short(levels)}  ({trial.speed()})", flush=True)
+    with progress("sweep", sum(plans), "evaluation") as bar:
+        for steps, (levels, solver) in plans.items():
+            trial = replace(drawing, levels=levels, solver=solver)
+            rows[steps] = scores.score(
+                trial.stream(), dataset, cfg.metrics, cfg.data.dir, device, of_class=drawing.of_class
+            )
+            if len(rows) == 1:
+                bar.write("steps" + "".join(f"{name:>11}" for name in rows[steps]) + "   levels")
+            values = "".join(f"{value:11.4g}" for value in rows[steps].values())
+            bar.write(f"{steps:5}{values}   {_short(levels)}  ({trial.speed()})")
+            sys.stdout.flush()
+            bar.update(steps)
     name = next(iter(rows[steps]))
     title = f"{name} ({scores.features_name(cfg.metrics)}, {drawing.num:,} samples{drawing.asked()})"
     values = [row[name] for row in rows.values()]
     pictures.write_png(pictures.plot(list(rows), values, "evaluations of the network for a sample", title), path)
     print(f"written: {path}")
+
+
+def _trials(low: float, high: float, clock: str) -> int:
+    """About how many levels between two a golden-section search tries: each narrows what is left to 0.618 of it."""
+    width = math.log(high / low) if clock == "sigma" else high - low
+    return 2 + max(0, math.ceil(math.log(width / sampler.TOLERANCE[clock]) / math.log(1.618)))
 
 
 def _not_by_heun(clock: str) -> str:

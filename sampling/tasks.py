@@ -29,7 +29,7 @@ class Problem:
     name: str  # of the files written
     image: torch.Tensor  # uint8 (C, R, R), the input
     seen: torch.Tensor  # uint8 (C, R, R), what an edit sees of it
-    x: torch.Tensor  # (1, C, R, R) in [-1, 1], where it is edited
+    x: torch.Tensor  # (1, *model.shape), what the model sees: pixels in [-1, 1], or latents
     levels: list[float]  # descending noise levels, or a flow map's times, one for each evaluation
     constraint: editing.Constraint | None  # what is kept of x; None where nothing is exact
     mask: torch.Tensor | None = None  # uint8 (C, R, R), white where to fill in
@@ -52,8 +52,11 @@ def input_files(args: argparse.Namespace) -> list[Path]:
 
 def check_model(args: argparse.Namespace, model: Preconditioner) -> None:
     """Refuse a model that cannot do the task. Raises ConfigError."""
-    if model.codec.kind != "images":
+    if model.codec.kind == "vectors":
         raise ConfigError(f"--ckpt: {args.ckpt} makes vectors; editing is for images")
+    if model.codec.kind == "latents" and args.task in ("colorize", "superres"):
+        why = "keeps sums of pixels, which are no linear function of a latent"
+        raise ConfigError(f"{args.task}: {why}; take a model of images, or inpaint, stroke, denoise or interpolate")
     if args.task == "colorize" and model.img_channels == 1:
         raise ConfigError(f"colorize: {args.ckpt} makes grey pictures; it takes a model trained with data.channels: 3")
     side, factor = model.img_resolution, args.factor
@@ -76,40 +79,50 @@ def chosen_classes(args: argparse.Namespace, num: int, model: Preconditioner) ->
 
 def prepare(args: argparse.Namespace, cfg: Config, model: Preconditioner, path: Path, steps: int) -> Problem:
     """Read one input, bring it to the model's size and channels, and settle what an edit may see of it."""
-    resolution, factor = model.img_resolution, args.factor or 1
+    (channels, resolution, _), factor = model.codec.image_shape, args.factor or 1
     size = picture(path, "--input").size
     small = args.task == "superres" and min(size) < resolution
-    image = read(path, resolution // factor if small else resolution, model.img_channels)
+    image = read(path, resolution // factor if small else resolution, channels)
     if small:
         image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    x = data.to_float(image[None]).to(next(model.parameters()).device)
-    levels = chosen_levels(args, cfg, x, path, steps)
+    pixels = data.to_float(image[None]).to(next(model.parameters()).device)
+    levels = chosen_levels(args, cfg, pixels, model.shape[-1], path, steps)
 
     constraint, seen, covered = None, image, None
     if args.task == "inpaint":
         fill = mask(args.mask, size, resolution)
-        constraint, covered = editing.inpainting(~fill), (fill * 255).to(torch.uint8).expand_as(image)
+        constraint, covered = in_model(fill, model), (fill * 255).to(torch.uint8).expand_as(image)
+        pixels = pixels.masked_fill(fill.to(pixels.device), 0)  # an encoder looks beyond a latent's own pixels
     elif args.task == "colorize":
         constraint = editing.colorisation()
     elif args.task == "superres":
         constraint = editing.super_resolution(factor)
+    x = model.codec.encode(pixels)
     if args.task == "colorize":  # as a picture, grey has three equal channels
         seen = fit_channels(fit_channels(image[None], 1), 3)[0]
     elif constraint:
-        seen = data.to_uint8(editing.visible(x, constraint))[0].cpu()
+        of_pixels = constraint if covered is None else editing.inpainting(~fill)
+        seen = data.to_uint8(editing.visible(pixels, of_pixels))[0].cpu()
     elif args.task == "stroke":  # under the noise of the first result
-        noise = sample_noise(args.seed, [0], x.shape[1:])
+        noise = sample_noise(args.seed, [0], x.shape[1:]).to(x.device)
         of_data, of_noise = shares(levels[0], model.clock)
-        seen = data.to_uint8(of_data * x.cpu() + of_noise * noise)[0]
+        seen = model.codec.from_model(of_data * x + of_noise * noise)[0].cpu()
     return Problem(path.stem, image, seen, x, levels, constraint, covered)
 
 
-def chosen_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: Path, steps: int) -> list[float]:
+def in_model(fill: torch.Tensor, model: Preconditioner) -> editing.Constraint:
+    """What is kept of what the model sees, where `fill`, bool (R, R), is filled in: no latent of any pixel of it."""
+    return editing.inpainting(torch.nn.functional.adaptive_max_pool2d(fill[None].float(), model.shape[-1])[0] == 0)
+
+
+def chosen_levels(
+    args: argparse.Namespace, cfg: Config, x: torch.Tensor, side: int, path: Path, steps: int
+) -> list[float]:
     """Descending, an evaluation each: --sigmas or --times, or even `steps` from where the task starts: down the Karras
     grid, or in time."""
     if args.sigmas is not None or args.times is not None:
         return choices.chosen_levels(args, cfg)[0]
-    start = noise_level(args, cfg, x, path)
+    start = noise_level(args, cfg, x, side, path)
     if plan.clock(cfg) == "time":
         first = 1.0 if start is None else start / (1 + start)
         return [first * (1 - i / steps) for i in range(steps)]
@@ -117,10 +130,10 @@ def chosen_levels(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: 
     return karras_sigmas(steps + 1, plan.lowest_level(cfg), start)[:-1].tolist()
 
 
-def noise_level(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: Path) -> float | None:
+def noise_level(args: argparse.Namespace, cfg: Config, x: torch.Tensor, side: int, path: Path) -> float | None:
     """The noise, beside data in [-1, 1], under which the task hides its input; None where there is nothing but noise.
 
-    A flow map's time t has t / (1 - t) of it.
+    A flow map's time t has t / (1 - t) of it. x: the input's pixels; side: of what the model sees, pixels or latents.
     """
     low, high, start = getattr(cfg.objective, "t_prime", cfg.network.sigma_min), cfg.network.sigma_max, None
     if args.sigma is not None:
@@ -134,7 +147,7 @@ def noise_level(args: argparse.Namespace, cfg: Config, x: torch.Tensor, path: Pa
     elif args.task in ("stroke", "interpolate"):
         # 2303.01469's level for strokes at 256 pixels. Noise of a level hides more of a smaller picture; below
         # sigma_data it hides little of any.
-        start = min(max(5.38 * x.shape[-1] / 256, cfg.network.sigma_data), high)
+        start = min(max(5.38 * side / 256, cfg.network.sigma_data), high)
     return start
 
 
@@ -142,7 +155,9 @@ def solve(
     args: argparse.Namespace, cfg: Config, problems: list[Problem], model: Preconditioner | FlowMap, num: int,
     classes: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """The results (num, C, R, R), float32 in [-1, 1]. Result i of a seed has the same noise whatever the input.
+    """The results, uint8 images (num, C, R, R) on the CPU; what a mask keeps is the input's, to the pixel.
+
+    Result i of a seed has the same noise whatever the input.
 
     problems: one, or two to interpolate between; classes: int64 (num,).
     """
@@ -173,7 +188,8 @@ def solve(
         z = sample_noise(args.seed, [0, 1], shape).to(device)
         weights = torch.linspace(0, 1, num, device=device)
         x = editing.interpolate(own_model, first.x, problems[1].x, weights, first.levels, z, **settings)
-    return x.clamp(-1, 1)
+    images = model.codec.from_model(x).cpu()
+    return images if first.mask is None else first.image.where(first.mask == 0, images)
 
 
 # Pictures and masks ---------------------------------------------------------------------------------------------------

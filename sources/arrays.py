@@ -19,7 +19,10 @@ NAMES = {
     "low": ("low",),
     "high": ("high",),
 }
-READ = "a folder of images (data.name: folder), a zip of them (zip), an npz or npy of arrays (npz)"
+READ = (
+    "a folder of images (data.name: folder), a zip of them (zip), an npz or npy of arrays (npz), tar shards (tar), "
+    "parquet files (parquet)"
+)
 
 Arrays = dict[str, np.ndarray | None]
 

@@ -1,4 +1,4 @@
-"""Between data and what the model sees: pixels and [-1, 1], vectors and their normalisation, what they are told.
+"""Between data and what the model sees: pixels, vectors, latents and their scaling, and what they are told.
 
     model.codec = dataset.codec(cfg)
     x, conditions = model.codec.to_model(*dataset.read(indices), draws)
@@ -8,14 +8,17 @@ A codec moves with its model, but is no part of its weights: `state()` goes into
 `codec_from` makes it again. What a new kind of data needs is one class here; nothing behind it asks for the kind.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import one_hot
 
+from config import ConfigError
 from objectives.draws import Draws
 from sources.augment import augment, flip
 
+DECODED = 2**20  # pixels that an autoencoder makes at a time: 16 images of 256 pixels
 SQUASHED = 0.999  # tanh reaches its bounds only at infinity: data nearer than this to them are moved here
 
 
@@ -79,6 +82,13 @@ class ImageCodec(torch.nn.Module):
         given = given.to(x.device, non_blocking=True)
         return {"class_labels": one_hot(given, self.network_shape["label_dim"]).to(x.dtype)}
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of an image."""
+        side = self.network_shape["resolution"]
+        return self.network_shape["channels"], side, side
+
+    encode = decode = staticmethod(torch.positive)  # the model sees the pixels themselves, in [-1, 1]
     from_model = staticmethod(to_uint8)  # what the model gives -> uint8 images
 
 
@@ -172,11 +182,127 @@ class VectorCodec(torch.nn.Module):
         return place.clamp(-SQUASHED, SQUASHED).atanh()
 
 
-def codec_from(data: dict[str, Any]) -> ImageCodec | VectorCodec:
+class LatentCodec(torch.nn.Module):
+    """Latents of a frozen autoencoder to what the model sees, z scale + bias in each channel, and to uint8 images.
+
+    A training batch is drawn from the latents' own spread where it is kept: z = mean + std n. The autoencoder is no
+    part of the codec: `attach` gives it, where pixels are wanted.
+    """
+
+    kind = "latents"
+
+    def __init__(
+        self,
+        resolution: int,  # of the latent
+        channels: int,
+        label_dim: int = 0,  # classes that the network is told; 0: none
+        augment_dim: int = 0,  # 0, as latents are not augmented
+        *,
+        scale: list[float],  # a number a channel
+        bias: list[float],
+        autoencoder: dict[str, Any],  # source, hash, input_range, factor, image_channels; None where it is not known
+        flip: bool = False,  # whether values hold the mirrored images' latents too, and half of a batch takes those
+        class_counts: list[int] | None = None,
+        classes: list[str] | None = None,
+        facts: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        sizes = {"resolution": resolution, "channels": channels, "label_dim": label_dim, "augment_dim": augment_dim}
+        self.network_shape: dict[str, Any] = sizes
+        self.autoencoder, self.flip, self.class_counts = autoencoder, flip, class_counts
+        self.classes, self.facts = classes, facts
+        for name, numbers in (("scale", scale), ("bias", bias)):
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.encoder: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.decoder: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What makes the same codec again, in plain numbers, strings and lists."""
+        scaling = {"scale": self.scale.flatten().tolist(), "bias": self.bias.flatten().tolist()}
+        known = {"classes": self.classes, "data": self.facts, "autoencoder": self.autoencoder}
+        return {"shape": self.network_shape, "class_counts": self.class_counts, "scaling": scaling, **known}
+
+    def to_model(
+        self, values: torch.Tensor, given: torch.Tensor | None, draws: Draws, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A training batch, on its device: x (B, c, r, r) of `dtype`, drawn by `draws`; its labels.
+
+        values: (B, p c, r, r), the means, then the deviations where they are kept; with flip the same of the mirrored.
+        """
+        if self.flip:
+            plain, mirrored = values.chunk(2, dim=1)
+            values = mirrored.where(draws.integers(2, (len(values),)).bool()[:, None, None, None], plain)
+        z, *std = values.to(dtype).split(self.network_shape["channels"], dim=1)
+        if std:
+            z = z + std[0] * draws.normal(z.shape, dtype)
+        x = z * self.scale.to(dtype) + self.bias.to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
+        return x, self.told(given, x)
+
+    told = ImageCodec.told
+
+    def attach(self, autoencoder: Any, where: str) -> None:
+        """Take the autoencoder, a networks.Autoencoder with its `source` and `hash`, for `encode` and `decode`.
+
+        where: the setting or file that named it. Raises ConfigError where it is not the one of these latents.
+        """
+        known, channels = self.autoencoder, self.network_shape["channels"]
+        here = {name: getattr(autoencoder, name) for name in ("hash", "factor", "image_channels")}
+        if autoencoder.channels != channels:
+            has = f"makes latents of {autoencoder.channels} channels, and these have {channels}"
+            raise ConfigError(f"{where}: {autoencoder.source} {has}; give the one that made them")
+        for name, words in (("hash", "weights' SHA-256"), ("factor", "factor"), ("image_channels", "image channels")):
+            if known.get(name) not in (None, here[name]):
+                a, b = (str(value)[:16] for value in (here[name], known[name]))
+                what = f"is not the autoencoder of these latents: its {words} is {a}, and theirs is {b}"
+                raise ConfigError(f"{where}: {autoencoder.source} {what}; give {known.get('source') or 'that one'}")
+        self.autoencoder = {**known, **here, "source": autoencoder.source}
+        self.encoder, self.decoder = autoencoder.encode, autoencoder.decode  # no modules of this one
+
+    def remember(self, autoencoder: dict[str, Any]) -> None:
+        """Take from a checkpoint what the latents' file does not say of their autoencoder."""
+        self.autoencoder = {**autoencoder, **{name: v for name, v in self.autoencoder.items() if v is not None}}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of an image, once the autoencoder is attached."""
+        side = self.network_shape["resolution"] * self.autoencoder["factor"]
+        return self.autoencoder["image_channels"], side, side
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, R, R) in [-1, 1] -> what the model sees of their latents' means (B, c, r, r)."""
+        if self.encoder is None:
+            raise RuntimeError("the codec has no autoencoder; sampling.decoding.attach gives it one")
+        x = (x + 1) / 2 if self.autoencoder["input_range"] == "0,1" else x
+        mean = torch.cat([self.encoder(part)[0] for part in x.split(self._together())])
+        return mean * self.scale + self.bias
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model gives (B, c, r, r) -> images (B, C, R, R), about [-1, 1]."""
+        if self.decoder is None:
+            raise RuntimeError("the codec has no autoencoder; sampling.decoding.attach gives it one")
+        z = (x.float() - self.bias) / self.scale
+        y = torch.cat([self.decoder(part) for part in z.split(self._together())])
+        return 2 * y - 1 if self.autoencoder["input_range"] == "0,1" else y
+
+    def from_model(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model gives -> uint8 images (B, C, R, R)."""
+        return to_uint8(self.decode(x))
+
+    def _together(self) -> int:
+        return max(1, DECODED // self.image_shape[1] ** 2)
+
+
+def codec_from(data: dict[str, Any]) -> ImageCodec | VectorCodec | LatentCodec:
     """The codec of `state()`, for sampling: it neither flips nor augments. Errors are those of a wrong argument."""
-    if scaling := data.get("scaling"):
+    scaling, autoencoder = data.get("scaling"), data.get("autoencoder")
+    if scaling and autoencoder is None:
         codec = VectorCodec(**scaling)
         codec.facts = data.get("data")
         return codec
     known = {"classes": data.get("classes"), "facts": data.get("data")}  # which older checkpoints lack
+    if scaling:
+        return LatentCodec(
+            **data["shape"], **scaling, autoencoder=autoencoder, class_counts=data["class_counts"], **known
+        )
     return ImageCodec(**data["shape"], class_counts=data["class_counts"], **known)

@@ -1,4 +1,4 @@
-"""Images in a folder or a zip: decoded in memory, never extracted, kept decoded where that is slow."""
+"""Images in files: decoded in memory, never extracted, kept decoded where that is slow."""
 
 import contextlib
 import functools
@@ -11,6 +11,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class Files:
     """Images in a folder or a zip archive, decoded, cropped and resized one by one. Picklable, safe to fork."""
 
     path: str  # the folder or the archive
-    names: list[str]  # relative to it, with forward slashes
+    names: Sequence[str]  # relative to it, with forward slashes
     zipped: bool
     on_broken: str = "skip"  # or "fail"
     resolution: int = 0  # pixels per side
@@ -91,6 +92,14 @@ class Files:
             return os.stat(os.path.join(self.path, self.names[index])).st_size
         except OSError:
             return 0
+
+    def states(self) -> Iterator[bytes]:
+        """What is another where the files are others: their names and, in a folder, sizes and times."""
+        for name in self.names:
+            yield os.fsencode(name) + b"\0"
+            if not self.zipped:
+                info = os.stat(os.path.join(self.path, name))
+                yield repr((info.st_size, info.st_mtime_ns)).encode()
 
     def open(self, index: int, header: bool = False) -> Image.Image:
         """The image, its header read and checked; of no use but for that where only the header is read.
@@ -356,21 +365,18 @@ def decoded(files: Files, folder: str) -> tuple[torch.Tensor, torch.Tensor]:
         raise ConfigError(f"data.path: none of the {count} images in {files.path} can be read")
     images, indices = images if len(kept) == count else images[kept], np.array(kept, np.int64)
     if time.monotonic() - started > CACHE_SECONDS:
-        _write_cache(cache, images, indices, left_out)
+        keep(cache, "the decoded images", images=images, kept=indices, left_out=json.dumps(left_out))
     files.left_out.update(left_out)
     return torch.from_numpy(images), torch.from_numpy(indices)
 
 
 def _cache_path(folder: str, files: Files) -> Path:
-    """Named by all that decides the decoded pixels: the files' names, sizes and times, resolution and channels."""
+    """Named by all that decides the decoded pixels: the files' states, resolution and channels."""
     digest = hashlib.blake2b(digest_size=12)
     made = (2, os.path.abspath(files.path), files.stamp, files.resolution, files.channels, files.white)
     digest.update(repr(made).encode())
-    for name in files.names:
-        digest.update(os.fsencode(name) + b"\0")
-        if not files.zipped:
-            info = os.stat(os.path.join(files.path, name))
-            digest.update(repr((info.st_size, info.st_mtime_ns)).encode())
+    for state in files.states():
+        digest.update(state)
     return Path(folder) / "cache" / f"decoded-{files.resolution}x{files.channels}-{digest.hexdigest()}.npz"
 
 
@@ -384,14 +390,15 @@ def _read_cache(cache: Path, files: Files) -> tuple[torch.Tensor, torch.Tensor, 
     return None if files.on_broken == "fail" and len(kept) < len(files.names) else (images, kept, left_out)
 
 
-def _write_cache(cache: Path, images: np.ndarray, kept: np.ndarray, left_out: Counter[str]) -> None:
+def keep(cache: Path, what: str, **arrays: Any) -> None:
+    """Write an npz of what costs time to find out again, whole or not at all; a failure is a warning about `what`."""
     partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            np.savez(file, images=images, kept=kept, left_out=json.dumps(left_out))
+            np.savez(file, **arrays)
         os.replace(partial, cache)
     except OSError as error:  # a full disk costs the next start its time, nothing else
         with contextlib.suppress(OSError):
             partial.unlink()
-        log.warning("data.dir: the decoded images could not be kept in %s (%s)", cache.parent, reason(error))
+        log.warning("data.dir: %s could not be kept in %s (%s)", what, cache.parent, reason(error))

@@ -74,14 +74,15 @@ def refuse_splits(path: str, names: list[str], settable: bool) -> None:
 # A folder -------------------------------------------------------------------------------------------------------------
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
+    """Whether a file or folder of that name is passed over in silence."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def entries(root: str, below: str = "") -> list[os.DirEntry[str]]:
     """What lies in root/below and is not hidden, sorted by name. Raises ConfigError."""
     try:
-        found = [entry for entry in os.scandir(os.path.join(root, below)) if not _hidden(entry.name)]
+        found = [entry for entry in os.scandir(os.path.join(root, below)) if not hidden(entry.name)]
     except OSError as error:
         raise ConfigError(f"data.path: {root}: {show(below or '.')} cannot be listed ({error.strerror})") from error
     return sorted(found, key=lambda entry: entry.name)
@@ -225,7 +226,7 @@ def in_zip(path: str, on_broken: str, conditional: bool) -> tuple[Files, Labelle
 
 def _is_image(archive: zipfile.ZipFile, name: str, left_out: Counter[str]) -> bool:
     parts = PurePosixPath(name).parts
-    if name.endswith("/") or name == "dataset.json" or any(map(_hidden, parts)):
+    if name.endswith("/") or name == "dataset.json" or any(map(hidden, parts)):
         return False
     ending = suffix(parts[-1])
     if ending in SUFFIXES:

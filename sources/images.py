@@ -169,9 +169,9 @@ def from_files(cfg: Any, files: Files, labels: np.ndarray | None, classes: Seque
     if not files.names:
         held = ", ".join(f"{count:,} {what}" for what, count in sorted(files.left_out.items()))
         held = f"; it holds {held}" if held else ""
-        raise ConfigError(
-            f"data.path: {files.path} holds no images ({', '.join(SUFFIXES)}){held}; give the path of some"
-        )
+        shards = next((kind for kind in ("parquet", "tar") if files.left_out[f".{kind}"]), None)
+        advice = f"set data.name: {shards}" if shards else "give the path of some"
+        raise ConfigError(f"data.path: {files.path} holds no images ({', '.join(SUFFIXES)}){held}; {advice}")
     files.white = cfg.white_level
     settle(files, cfg.resolution, cfg.channels)
     numbers = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)

@@ -905,6 +905,244 @@ MUTANTS = [
         "",
         "a folder named ~ in the current one (huggingface/transformers#10628)", "reports_messages:home",
     ),
+    # The autoencoder of latents
+    Mutant(
+        "kl-of-half-the-logarithm", "objectives/autoencoder.py",
+        "- 2 * std.log()", "- std.log()",
+        "the logarithm of the variance taken for that of the deviation", "autoencoder:loss",
+    ),
+    Mutant(
+        "kl-not-over-the-images-values", "objectives/autoencoder.py",
+        "self.kl_weight * kl / x[0].numel()", "self.kl_weight * kl",
+        "a mean over pixels beside a sum over the latent: every latent is normal noise", "autoencoder:loss",
+    ),
+    Mutant(
+        "decoded-from-the-mean", "objectives/autoencoder.py",
+        "mean + std * noise", "mean",
+        "the decoder never sees a drawn latent, and std only shrinks the KL", "autoencoder:loss",
+    ),
+    Mutant(
+        "variance-as-deviation", "networks/autoencoder.py",
+        "(logvar.clamp(-30, 20) / 2).exp()", "logvar.clamp(-30, 20).exp()",
+        "latents drawn with the wrong spread", "autoencoder:wrapper",
+    ),
+    Mutant(
+        "held-out-images-trained-on", "training/trainer.py",
+        "*order, cfg.data.workers, self.rows)", "*order, cfg.data.workers)",
+        "PSNR of images that were trained on", "autoencoder:held_out",
+    ),
+    Mutant(
+        "missing-weights-left-random", "checkpoints/autoencoder.py",
+        'for what in ("missing_keys", "unexpected_keys"):', "for what in ():",
+        "diffusers warns, and goes on with weights that were never trained", "autoencoder:no_autoencoder",
+    ),
+    # Latents
+    Mutant(
+        "latents-without-their-spread", "sources/codecs.py",
+        "z = z + std[0] * draws.normal(z.shape, dtype)", "pass",
+        "means alone: the decoder is given latents that it never saw", "latents:numbers",
+    ),
+    Mutant(
+        "latents-of-the-mirrored-never-taken", "sources/codecs.py",
+        "plain, mirrored = values.chunk(2, dim=1)", "plain = mirrored = values.chunk(2, dim=1)[0]",
+        "data.flip does nothing", "latents:numbers",
+    ),
+    Mutant(
+        "latents-scaled-without-their-mean", "sources/latents.py",
+        "(-mean * scale).tolist()", "(0 * mean).tolist()",
+        "x 0.5 / std alone: EDM2's channels keep means of up to 1.4 deviations", "latents:numbers or scalings",
+    ),
+    Mutant(
+        "encoded-in-another-range", "sampling/encoding.py",
+        'x = (x + 1) / 2 if input_range == "0,1" else x', "x = (x + 1) / 2",
+        "the autoencoder sees grey for black; the commonest fault reported", "latents:holds",
+    ),
+    Mutant(
+        "decoded-in-another-range", "sources/codecs.py",
+        'return 2 * y - 1 if self.autoencoder["input_range"] == "0,1" else y', "return y",
+        "EDM2's samples come out pale", "latents:range",
+    ),
+    Mutant(
+        "latents-of-the-unmirrored-twice", "sampling/encoding.py",
+        '("_flip", x.flip(3))', '("_flip", x)',
+        "the mirrored images' latents are the images'", "latents:holds",
+    ),
+    Mutant(
+        "any-autoencoder-will-do", "sources/codecs.py",
+        "if known.get(name) not in (None, here[name]):", "if False:",
+        "samples decoded by another autoencoder, without a word", "latents:autoencoder",
+    ),
+    Mutant(
+        "hidden-pixels-encoded", "sampling/tasks.py",
+        "pixels = pixels.masked_fill(fill.to(pixels.device), 0)", "pass",
+        "what is under the mask shines through the latents around it", "latents:hidden",
+    ),
+    # Shards
+    Mutant(
+        "image-of-another-shard", "sources/shards.py",
+        "with open(self.stores[shard],", "with open(self.stores[0],",
+        "bytes of the first shard under every label", "shards:path_is",
+    ),
+    Mutant(
+        "tar-cut-at-a-member-read-as-whole", "sources/tars.py",
+        "if len(block) < tarfile.BLOCKSIZE or any(block):", "if False:",
+        "what follows the cut is silently not in the set, as tarfile does it", "shards:truncated_tar",
+    ),
+    Mutant(
+        "bytes-of-a-whole-group", "sources/parquets.py",
+        "[ends[0] : ends[-1]]", "",
+        "a batch that is a slice of a row group brings the whole group's bytes", "shards:part_of_a_column",
+    ),
+    Mutant(
+        "index-of-a-replaced-shard", "sources/shards.py",
+        "os.path.abspath(part), info.st_size, info.st_mtime_ns, *read", "os.path.abspath(part), *read",
+        "a replaced shard read through the old one's index", "shards:never_stale",
+    ),
+    Mutant(
+        "decoded-cache-of-another-column", "sources/shards.py",
+        "read = (cfg.image_column, cfg.label_column)", "read = ()",
+        "the images of the column that was read before", "shards:columns_of_images",
+    ),
+    Mutant(
+        "test-split-trained-on", "sources/shards.py",
+        "    if len(where) > 1:\n        first", "    if False:\n        first",
+        "the Hub's train-... and test-... lie in one folder", "shards:split",
+    ),
+    Mutant(
+        "some-labels-are-none", "sources/shards.py",
+        "    if all(label is None for label in labels):\n", "    if None in labels:\n",
+        "one record without a label, and the whole set has none", "shards:some_records",
+    ),
+    # Own images
+    Mutant(
+        "choice-over-what-is-set", "training/own_images.py",
+        "if _value(cfg, choice.key, 0) is None]", "if _value(cfg, choice.key, 0) != 0]",
+        "a setting of the command line is chosen anew", "own_images:set_wins",
+    ),
+    Mutant(
+        "resumed-run-looks-again", "training/own_images.py",
+        "if resume and kept.exists():", "if False:",
+        "a run whose folder grew is asked for another network", "own_images:goes_on",
+    ),
+    Mutant(
+        "network-of-the-chosen-size", "training/own_images.py",
+        "resolution = resolution or resolution_chosen.value", "resolution = resolution_chosen.value",
+        "a network of 32 pixels where 16 are asked for", "own_images:set_wins",
+    ),
+    Mutant(
+        "size-of-the-smallest", "training/own_images.py",
+        "side = sides[len(sides) // 10]", "side = sides[0]",
+        "one thumbnail among photographs, and all are thumbnails", "own_images:resolution",
+    ),
+    Mutant(
+        "timing-left-in-the-log", "training/own_images.py",
+        "    step.sums.clear()\n", "",
+        "the first entry of the curves counts three steps too many", "own_images:timing",
+    ),
+    Mutant(
+        "longer-side", "training/own_images.py",
+        "return sorted(map(min, self.sizes))", "return sorted(map(max, self.sizes))",
+        "a panorama 28 pixels high counts as large", "own_images:shorter",
+    ),
+    # Guidance told to the student
+    Mutant(
+        "told-w-beyond-its-range", "objectives/draws.py",
+        "w[0] + (w[1] - w[0]) * self.uniform", "w[0] + w[1] * self.uniform",
+        "w from w_min to w_min + w_max", "guided_distillation:target or whatever",
+    ),
+    Mutant(
+        "told-w-of-lcms-convention", "objectives/common.py",
+        'guided(teacher, conditions.get("guidance", w))',
+        'guided(teacher, conditions["guidance"] + 1 if "guidance" in conditions else w)',
+        "D + w (D - D_null): LCM's w, where ours is told", "guided_distillation:target or tangent",
+    ),
+    Mutant(
+        "meanflow-guided-by-the-mean-w", "objectives/meanflow.py",
+        'w = append_dims(told["guidance"], z) if told', 'w = told["guidance"].mean() if told',
+        "one w guides, another is told", "guided_distillation:meanflows",
+    ),
+    Mutant(
+        "w-told-as-it-is", "networks/preconditioning.py",
+        "label = w.log() *", "label = w *",
+        "w itself beside ln(sigma)/4: not 0 where unguided", "guided_distillation:ln_w or starts",
+    ),
+    Mutant(
+        "second-evaluation-not-counted", "sampler.py",
+        "w is None or w == 1 else 2", "w is None or w == 1 else 1",
+        "guidance by two evaluations is said to cost one, and is not applied", "guided_distillation:mixed",
+    ),
+    Mutant(
+        "sampled-outside-what-was-told", "config/rules.py",
+        "not learned[0] <= w <= learned[1]", "not learned[0] <= w",
+        "w above all that the network saw", "guided_distillation:refuses",
+    ),
+    Mutant(
+        "any-teacher-will-do", "training/build.py",
+        "if there.name not in known:", "if False:",
+        "a consistency model is distilled as if it were a diffusion model", "guided_distillation:kind",
+    ),
+    # Weights & Biases, the model card, progress
+    Mutant(
+        "wandb-run-of-its-own", "training/weights_and_biases.py",
+        "if not path.exists():", "if True:",
+        "a resumed run is a second one, its curves begin in the middle", "wandb:resumed",
+    ),
+    Mutant(
+        "wandb-failure-ends-the-run", "training/weights_and_biases.py",
+        "except Exception as error:  # none of theirs", "except KeyError as error:  # none of theirs",
+        "no network, no training", "wandb:start or later",
+    ),
+    Mutant(
+        "wandb-pictures-by-channel", "training/weights_and_biases.py",
+        "image.permute(1, 2, 0)", "image",
+        "a grid of (3, H, W) shown as 3 rows", "wandb:resumed",
+    ),
+    Mutant(
+        "card-over-a-users", "training/model_card.py",
+        'path = folder / "README.new.md"', "pass",
+        "the licence that a user filled in is gone when the run goes on", "model_card:again",
+    ),
+    Mutant(
+        "card-with-markup-of-names", "training/model_card.py",
+        'return re.sub(r"([\\\\`*_\\[\\]<>&|~#$@!])", r"\\\\\\1", printable(text))', "return printable(text)",
+        "a folder's name is a tag or a link on the Hub", "model_card:name_breaks",
+    ),
+    Mutant(
+        "card-time-of-the-last-process", "training/model_card.py",
+        "seconds += (entry", "seconds = (entry",
+        "a resumed run says the time since its last entry", "model_card:training_time",
+    ),
+    Mutant(
+        "bars-in-files", "metrics/common.py",
+        '"disable": None if shown else True', '"disable": not shown',
+        "a log file fills with redrawn bars", "progress",
+    ),
+    # The demo
+    Mutant(
+        "demo-mask-everywhere", "studio.py",
+        "[..., 3] > 127", "[..., 3] >= 0",
+        "what is not painted is filled in too", "demo:edits_are",
+    ),
+    Mutant(
+        "demo-pictures-of-one-name", "studio.py",
+        'f"{name}-{hashlib.sha256(image.tobytes()).hexdigest()[:8]}.png"', 'f"{name}.png"',
+        "a shown command reads the picture of a later one", "demo:edits_are",
+    ),
+    Mutant(
+        "demo-edits-without-guidance", "studio.py",
+        'words += [f"sample.guidance={guidance:g}"] if guidance is not None else []', "words += []",
+        "the slider moves and nothing changes", "demo:edits_are",
+    ),
+    Mutant(
+        "demo-levels-ignored", "studio.py",
+        "        if levels.strip():", "        if not levels:",
+        "noise levels are typed and not used", "demo:samples_are",
+    ),
+    Mutant(
+        "demo-grid-transposed", "demo.py",
+        "int(point[1] // cell) * columns", "int(point[0] // cell) * columns",
+        "another sample than the clicked one is edited", "demo:place",
+    ),
 ]  # fmt: skip
 
 

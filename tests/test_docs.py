@@ -18,8 +18,8 @@ SOURCES = [
 ]
 LIBRARY = ("objectives", "networks", "sampler", "ema")
 # A room imports from those after it; the library's from each other, and never from config, which is all others' too
-ROOMS = ("checkpoint", "main", "generate", "edit", "convert", "training", "sampling", "metrics", "data", "checkpoints")
-ROOMS += ("sources", *LIBRARY)
+ROOMS = ("checkpoint", "demo", "studio", "main", "generate", "edit", "encode", "convert", "training", "sampling")
+ROOMS += ("metrics", "data", "checkpoints", "sources", *LIBRARY)
 
 
 # Pages ----------------------------------------------------------------------------------------------------------------

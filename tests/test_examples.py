@@ -51,7 +51,7 @@ def quick(path, *arguments, folder=None):
 
 
 def test_these_are_all():
-    assert [p.stem for p in EXAMPLES] == ["own_network", "points_2d", "policy"]
+    assert [p.stem for p in EXAMPLES] == ["own_network", "photographs", "points_2d", "policy"]
 
 
 def test_own_network_beside_modules_of_ones_own(tmp_path):

@@ -67,7 +67,7 @@ def test_a_config_from_before_means_what_it_did(network, objective, now):
     ({"c_noise": "time"}, "edm", "network.c_noise: objective edm trains no flow map"),
     ({"times": "t,r"}, "ect", "network.times: objective ect tells the network a noise level"),
     ({"heads": 2}, "ect", "network.heads: objective ect trains no flow map"),
-    ({"guidance_inputs": True}, "ect", "network.guidance_inputs: objective ect trains no flow map"),
+    ({"guidance_inputs": True}, "ect", "network.guidance_inputs: objective ect has no guidance"),
     ({"times": "t"}, "soflow", "network.times: objective soflow learns jumps"),
     ({"times": "t-r"}, "flow", "network.times: t - r is 0 in flow matching"),
     ({"c_noise": "log"}, "imf", "network.c_noise: is a label of t"),

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import EVERY, every_objective
+from conftest import EVERY, every_objective, tiny_autoencoder
+from PIL import Image
 
 import checkpoints
 import config
@@ -22,6 +24,7 @@ SETTINGS = {
 }
 
 
+DOUBLE = {"steps": 3, "precision": "fp64"}
 SCORED = {"sample": {"grid": 20, "every": 10}, "metrics": {"features": "classifier", "num": 100, "every": 20}}
 GUIDED = {"objective": {"guidance": 2.0, "label_dropout": 0.4}, "network": {"label_dropout": 0.0}}
 CASES = {  # of two ranks -> objective and settings beside SETTINGS
@@ -58,6 +61,7 @@ def two_ranks(tmp_path_factory, teacher):
     folder = tmp_path_factory.mktemp("ranks")
     for name in (*CASES, "abort", "stopped while drawing", "fails while drawing"):
         (folder / f"{name}.yml").write_text(config.dump(case(folder / name, name, teacher)))
+    (folder / "autoencoder.yml").write_text(config.dump(tiny_autoencoder(folder / "autoencoder", train=DOUBLE)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
         [*torchrun, Path(__file__).parent / "train_each.py", folder],
@@ -82,6 +86,18 @@ def test_two_ranks_train_as_one_process(name, two_ranks, teacher, tmp_path):
     assert all(a.name == b.name and a.read_bytes() == b.read_bytes() for a, b in zip(*grids, strict=True))
     scores = [scores_of(folder) for folder in (tmp_path, two_ranks / name)]
     assert scores[0] == scores[1] and len(scores[0]) == (name == "ect labels")
+
+
+def test_two_ranks_train_an_autoencoder_as_one_process(two_ranks, tmp_path):
+    trainer.train(tiny_autoencoder(tmp_path, train=DOUBLE))
+    one, two = weights(tmp_path), weights(two_ranks / "autoencoder")
+    assert one.keys() == two.keys()
+    assert all((one[k] - two[k]).norm() <= 1e-6 * one[k].norm() + 1e-12 for k in one)
+    folders = (tmp_path, two_ranks / "autoencoder")
+    grids = [np.array(Image.open(folder / "samples" / "step-00000003.png"), int) for folder in folders]
+    assert np.abs(grids[0] - grids[1]).max() <= 1 and np.ptp(grids[0]) > 100
+    scores = [float((folder / "metrics.jsonl").read_text().split('"psnr": ')[1].split("}")[0]) for folder in folders]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
 def scores_of(folder: Path) -> list[dict]:

@@ -350,7 +350,9 @@ def test_arrays_as_other_people_keep_them(tmp_path):
     assert data.load(values).shape == (3,) and "5 vectors of 3" in data.load(values).said()[0]
     (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(50))
     refused(settings(tmp_path, name="npz", path=str(tmp_path / "a.parquet")), "what can be read: a folder of images")
-    refused(settings(tmp_path, path=str(tmp_path / "a.parquet")), "what can be read: a folder of images")
+    refused(settings(tmp_path, path=str(tmp_path / "a.parquet")), "or set data.name: parquet")
+    (tmp_path / "a.h5").write_bytes(bytes(50))
+    refused(settings(tmp_path, path=str(tmp_path / "a.h5")), "what can be read: a folder of images", "tar shards (tar)")
     refused(settings(tmp_path, name="zip", path=str(tmp_path / "a.parquet")), "cannot be read as a zip")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch
 
 import checkpoints
 import networks
 from config import Config, ConfigError, in_steps
+from config.schema import FLOW_MAPS, Autoencode
 from objectives import (
     EDM,
     ConsistencyDistillation,
@@ -19,6 +21,7 @@ from objectives import (
     FlowMatching,
     ImprovedConsistencyTraining,
     ImprovedMeanFlow,
+    KLAutoencoder,
     MeanFlow,
     MidTraining,
     ProgressiveDistillation,
@@ -43,9 +46,15 @@ def build_model(cfg: Config, codec: torch.nn.Module, device: torch.device, preci
     except ValueError as error:
         raise ConfigError(f"network: {error}") from None
     model.codec = codec
-    start = cfg.train.init_from or getattr(cfg.objective, "teacher", None)
+    teacher = getattr(cfg.objective, "teacher", None)
+    start = cfg.train.init_from or teacher
     if start:
-        model.started = checkpoints.initialise(model, start)
+        try:
+            model.started = checkpoints.initialise(model, start)
+        except ConfigError:
+            if teacher:  # of another kind, it is also another network
+                refuse_teacher(cfg, checkpoints.load(teacher))
+            raise
     model = model.to(device, memory_format=layout(device)).train()
     for block in model.modules():
         if hasattr(block, "checkpointing"):
@@ -66,19 +75,47 @@ def say_what_attends_nowhere(cfg: Config, model: networks.Wrapper) -> None:
         print(f"warning: network.attn_resolutions: {what}", file=sys.stderr)
 
 
+TEACHERS = {"meanflow": ("edm", "trigflow", *FLOW_MAPS), "pd": ("edm", "trigflow", "pd")}  # the others: edm, trigflow
+KINDS = {"autoencoder": "an autoencoder", "pd": "distilled already", **dict.fromkeys(FLOW_MAPS, "a flow model")}
+
+
+def refuse_teacher(cfg: Config, state: dict[str, Any]) -> None:
+    """Raise ConfigError for the state of a teacher of another kind than the method's, or that cannot be guided."""
+    trained = checkpoints.config_of(state, cfg.objective.teacher)
+    o, there = cfg.objective, trained.objective
+    known, said = TEACHERS.get(o.name, ("edm", "trigflow")), f"objective.teacher: {o.teacher}"
+    if o.name == "tcm":  # its first stage is a consistency model, of whatever kind
+        known, needs = {there.name} - KINDS.keys(), "a consistency model (objective ect or ict)"
+    else:
+        needs = f"a {'diffusion or flow' if o.name == 'meanflow' else 'diffusion'} model (objective {', '.join(known)})"
+    if there.name not in known:
+        kind = KINDS.get(there.name, "a consistency model")
+        raise ConfigError(f"{said}: is {kind} (objective {there.name}); {o.name} needs {needs}")
+    if getattr(o, "guidance", None) is None:
+        return
+    if (before := getattr(there, "guidance", None)) is not None:
+        raise ConfigError(f"{said}: is guided already (objective.guidance {before}); set objective.guidance: null here")
+    imported = not state["optimizer"]  # other people's files do not say whether the network knows the null label
+    if not imported and not getattr(trained.network, "label_dropout", 0) > 0:
+        raise ConfigError(f"{said}: never saw the null label, which guidance needs: network.label_dropout was 0")
+
+
 def load_teacher(cfg: Config, model: networks.Wrapper) -> networks.Wrapper | None:
     """The model of objective.teacher, in eval mode, in the arithmetic of `model`; None where the method has none."""
     path = getattr(cfg.objective, "teacher", None)
     if path is None:
         return None
     first = next(model.parameters())
-    teacher = checkpoints.load_model(path, first.device)
+    state = checkpoints.load(path)
+    refuse_teacher(cfg, state)
+    teacher = checkpoints.model_from(state, path).to(first.device)
     there = teacher.codec.network_shape
     for name, here in model.codec.network_shape.items():
         if there.get(name) != here and (name != "augment_dim" or here):
             raise ConfigError(f"objective.teacher: {path}: its {name} is {there.get(name)}, this run's {here}")
     if teacher.codec.state()["scaling"] != model.codec.state()["scaling"]:
-        raise ConfigError(f"objective.teacher: {path}: was trained on vectors of another mean, spread or bounds")
+        kind = model.codec.kind
+        raise ConfigError(f"objective.teacher: {path}: was trained on {kind} of another mean, spread or bounds")
     teacher.autocast = model.autocast
     return teacher.to(dtype=first.dtype, memory_format=layout(first.device))
 
@@ -89,6 +126,8 @@ def build_objective(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Modul
     Raises ConfigError, also where LPIPS has no VGG weights.
     """
     o, n, steps, batch = cfg.objective, cfg.network, cfg.train.steps, cfg.train.batch_size
+    if o.name == "autoencoder":
+        return build_autoencoding(o, next(model.parameters()).device)
     levels = {"sigma_min": n.sigma_min, "sigma_max": n.sigma_max}
     device = next(model.parameters()).device
     if o.name in ("ct", "cd", "ict", "cmt"):
@@ -146,6 +185,18 @@ def build_objective(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Modul
                     )
             return ProgressiveDistillation(teacher, steps, o.N, o.weighting, **levels, sigma_data=n.sigma_data)
     raise AssertionError(f"config.py let through objective.name {o.name!r}")
+
+
+def build_autoencoding(o: Autoencode, device: torch.device) -> KLAutoencoder:
+    """The autoencoder's objective. Raises ConfigError where LPIPS has no VGG weights."""
+    perceptual = None
+    if o.lpips_weight:
+        try:
+            perceptual = losses.build("lpips", None, o.lpips_weights, device, resize=False)
+        except losses.WeightsMissing as error:
+            words = str(error).replace("objective.metric: lpips", "objective.lpips_weight")
+            raise ConfigError(words.replace("objective.metric: l2", "objective.lpips_weight: 0")) from None
+    return KLAutoencoder(losses.build(o.metric), o.kl_weight, perceptual, o.lpips_weight)
 
 
 def compile_networks(how: bool | str, model: torch.nn.Module, objective: torch.nn.Module, shown: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from config import Config, printable
+from metrics.common import progress
 from metrics.scores import ScoreError
 from networks import Preconditioner
 from sampling.drawing import Drawing
@@ -48,11 +49,14 @@ class Evaluation:
         They are every world-th batch of one process: so its samples bit for bit.
         """
         (rank, world), count, samples = rank_and_world(), drawing.num, None
-        for start in range(rank * self.batch, count, world * self.batch):
-            stop = min(start + self.batch, count)
-            batch = drawing.draw(start, stop)
-            samples = batch.new_empty(count, *batch.shape[1:]) if samples is None else samples
-            samples[start:stop] = batch
+        starts = range(rank * self.batch, count, world * self.batch)
+        with progress("sampling", len(starts), "batch", shown=rank == 0) as bar:
+            for start in starts:
+                stop = min(start + self.batch, count)
+                batch = drawing.draw(start, stop)
+                samples = batch.new_empty(count, *batch.shape[1:]) if samples is None else samples
+                samples[start:stop] = batch
+                bar.update()
         return samples
 
     def write_grid(self, step: int) -> Share:
@@ -93,9 +97,8 @@ class Evaluation:
             except ScoreError as error:
                 self.log.say(f"no score: {error}")
                 return None
-            self.log.curves(step, scores)
             said = self.samples.describe(scores, self.cfg, count, self.dataset, drawing)
-            self.log.say(f"score at {drawing.nfe} NFE: {said}")
+            self.log.score(step, scores, f"score at {drawing.nfe} NFE: {said}")
             return scores
 
         return Share(self.draw(drawing), count, self.batch, show)

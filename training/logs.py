@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a progress bar on a terminal and plain lines elsewhere."""
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, a bar on a terminal and plain lines elsewhere."""
 
 import io
 import json
@@ -19,6 +19,7 @@ from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 from checkpoints.disk import append, write_atomically
+from training.weights_and_biases import WandbRun
 
 PLAIN_SECONDS = 10.0  # between progress lines where stderr is no terminal
 tqdm.monitor_interval = 0  # no thread of tqdm's that redraws bars which are updated too seldom
@@ -34,6 +35,8 @@ class RunLog:
         self.folder, self.steps, self.batch_size, self.shown = folder, steps, batch_size, shown
         self.step, self.read_at, self.told_at = step, time.perf_counter(), -math.inf
         self.failing: set[str] = set()  # files that could not be written the last time
+        self.wandb: WandbRun | None = None
+        self.scored: str | None = None  # what was said of the last score
         if not shown:
             return
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
@@ -75,6 +78,14 @@ class RunLog:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         self.add(self.folder / "metrics.jsonl", (json.dumps({"step": step, **finite}) + "\n").encode())
         self.draw(*(Event(step=step, summary=summary.scalar(name, value)) for name, value in values.items()))
+        if self.wandb:
+            self.wandb.curves(step, values)
+
+    def score(self, step: int, scores: dict[str, float], said: str) -> None:
+        """Figures into the curves, and what is said of them."""
+        self.curves(step, scores)
+        self.scored = said
+        self.say(said)
 
     def data(self, step: int, facts: dict[str, Any]) -> None:
         """Append {"step": step, "data": facts} to metrics.jsonl, unless the last such entry says the same."""
@@ -88,11 +99,13 @@ class RunLog:
         self.add(path, (json.dumps({"step": step, "data": facts}) + "\n").encode())
 
     def picture(self, step: int, image: torch.Tensor, caption: str = "") -> None:
-        """A uint8 image (3, H, W) into TensorBoard, and what is said of it there."""
+        """A uint8 image (3, H, W) into TensorBoard and Weights & Biases, and what is said of it there."""
         if self.shown:
             entry = summary.image("samples", image, dataformats="CHW")
             entry.value[0].metadata.summary_description = caption
             self.draw(Event(step=step, summary=entry))
+            if self.wandb:
+                self.wandb.picture(step, image, caption)
 
     def draw(self, *events: Event) -> None:
         """Append events to TensorBoard's file; SummaryWriter's thread ends for good at the first write that fails."""

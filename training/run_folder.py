@@ -19,9 +19,9 @@ from training.devices import restarted_by_torchrun
 # Settings that a resumed run may change: they decide where and how fast it runs, not what it computes.
 FREE = frozenset(
     [f"run.{k}" for k in ("name", "dir", "device")]
-    + [f"data.{k}" for k in ("dir", "path", "workers", "memory_gb", "on_broken")]
+    + [f"data.{k}" for k in ("dir", "path", "workers", "memory_gb", "on_broken", "autoencoder")]
     + [f"train.{k}" for k in ("microbatch", "checkpointing", "compile", "log_every", "save_every", "keep", "init_from")]
-    + [f"train.{k}" for k in ("on_save_error", "max_bad_steps")]
+    + [f"train.{k}" for k in ("on_save_error", "max_bad_steps", "wandb")]
     + ["ema.snapshot_every"]
     + ["objective.teacher", "objective.lpips_weights"]  # where they lie; the teacher's weights are in the checkpoint
     + [f"sample.{k}" for k in config.Sample.model_fields]
@@ -151,6 +151,10 @@ class RunFolder:
             )
         if step < self.cfg.train.steps:
             return f"stopped at step {step:,}; continue with\n  {resume}"
+        if self.cfg.objective.name == "autoencoder":
+            out = self.path / "latents.safetensors"
+            encode = config.command("encode.py", "--cfg", name, "--autoencoder", last, "--out", out)
+            return f"done; make latents of the images with\n  {encode}"
         cfg, sample = self.cfg, config.command("generate.py", "--cfg", name, "--ckpt", last)
         if cfg.metrics.features == "classifier" and not cfg.data.conditional and cfg.data.name == "folder":
             return f"done; sample with\n  {sample}"  # there may be no labels to train a classifier on
@@ -160,7 +164,7 @@ class RunFolder:
 def other_data(there: dict[str, Any], here: dict[str, Any], kind: str) -> str | None:
     """How a run's data differ from its checkpoint's, by their codecs' state(); None where they are the same.
 
-    kind: images or vectors. What one of the two does not know, as an older checkpoint, is not compared.
+    kind: images, latents or vectors. What one of the two does not know, as an older checkpoint, is not compared.
     """
     old, new = there.get("data") or {}, here.get("data") or {}
     found = []
@@ -171,7 +175,7 @@ def other_data(there: dict[str, Any], here: dict[str, Any], kind: str) -> str | 
         if len(was) != len(now):
             found.append(f"{len(now):,} classes, were {len(was):,}")
     if old and new:
-        a, b = ("x".join(map(str, [*data["size"], data["channels"] or 1])) for data in (old, new))
+        a, b = ("x".join(map(str, [*data["size"], *filter(None, [data["channels"]])])) for data in (old, new))
         if a != b:
             found.append(f"{kind} of {b}, were of {a}")
         if old["count"] != new["count"]:
@@ -181,6 +185,9 @@ def other_data(there: dict[str, Any], here: dict[str, Any], kind: str) -> str | 
             found.append(f"class {i} ({was[i]!r}) has {new['counts'][i]:,} {kind}, had {old['counts'][i]:,}")
         if None not in (a := old["fingerprint"], b := new["fingerprint"]) and a != b:
             found.append(f"other {kind}: fingerprint {b}, was {a}")
+    hashes = [(data.get("autoencoder") or {}).get("hash") for data in (there, here)]
+    if None not in hashes and hashes[0] != hashes[1]:
+        found.append("latents of another autoencoder")
     if not found and there["scaling"] != here["scaling"]:
         found.append("their mean, spread or bounds are others")
     return "; ".join(found) or None

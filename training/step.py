@@ -85,7 +85,7 @@ class TrainingStep:
         self.optimizer = build_optimizer(cfg.train, self.flat.vector)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         parts = [model, *objective.modules()]
-        self.networks = [m for m in parts if isinstance(m, Wrapper) and m.autocast]  # in half precision
+        self.networks = [m for m in parts if getattr(m, "autocast", None)]  # in half precision
         self.sums: dict[str, Any] = defaultdict(float)  # since the last log; tensors stay on the device
         self.counts: dict[str, Any] = defaultdict(float)  # of the sums that are not over steps
         self.logged = 0  # the step of the last log

@@ -16,7 +16,9 @@ import checkpoints
 import config
 import data
 from config import Config, ConfigError, RunFailed, in_steps
+from sampling import decoding
 from sources.codecs import codec_from
+from training import model_card, own_images, weights_and_biases
 from training.build import build_model, build_objective, compile_networks, load_teacher, say_what_attends_nowhere
 from training.devices import (
     any_rank,
@@ -33,6 +35,7 @@ from training.devices import (
 from training.diagnose import find_microbatch, in_words, what_went_bad
 from training.evaluate import Evaluation, Share
 from training.logs import RunLog
+from training.reconstructions import Reconstructions, held_out
 from training.run_folder import RunFolder, other_data
 from training.speed import Speedometer, peak_memory
 from training.step import TrainingStep
@@ -45,8 +48,13 @@ def train(cfg: Config, resume: bool = False, on_other_data: bool = False) -> Non
     change, RunFailed where the machine or the numbers end it; what was trained is saved first.
     """
     RunFolder(cfg).check(resume)
+    weights_and_biases.check(cfg)
+    cfg, chosen = own_images.settle(cfg, resume)
+    if rank_and_world()[0] == 0:
+        print(*chosen, sep="\n", end="\n" if chosen else "", flush=True)
     try:
         run = Trainer(cfg)
+        run.to_time = bool(chosen)
         if resume:
             run.resume(on_other_data)
         elif run.rank == 0:
@@ -60,6 +68,7 @@ def train(cfg: Config, resume: bool = False, on_other_data: bool = False) -> Non
             )
     except (torch.OutOfMemoryError, MemoryError):
         raise ConfigError(f"network: {cfg.run.device} has no memory for this network, its gradient and EMAs") from None
+    run.open_autoencoder()
     with run.opened():
         run.loop()
 
@@ -74,7 +83,10 @@ class Trainer:
         set_arithmetic(cfg.train.tf32)
         precision = pick_precision(cfg.train.precision, self.device)
         with rank_0_first():
-            self.dataset = data.load(cfg.data)
+            self.dataset = self.shown = data.load(cfg.data)
+            self.rows = None  # of the dataset that are trained on; None: all
+            if cfg.objective.name == "autoencoder":
+                self.shown, self.held_out, self.rows = held_out(cfg, self.dataset)
         codec = self.dataset.codec(cfg).to(self.device)
         model = build_model(cfg, codec, self.device, precision)
         objective = build_objective(cfg, model, load_teacher(cfg, model)).to(self.device)
@@ -83,6 +95,8 @@ class Trainer:
         sampled = [self.train_step.emas[0].module] if self.device.type == "cuda" else []
         used = torch.nn.ModuleList([objective, *sampled])
         compile_networks(cfg.train.compile, model, used, shown=self.rank == 0)
+        self.unseen: str | None = None  # why latents cannot be made images
+        self.to_time = False  # whether to say, before the first step, how long the run will take
         self.stopping = self.interruptible = False
         self.unread: Exception | None = None  # why the next batch cannot be had
         self.mending = False  # for bad data, of this rank or another: a file will be mended, and then is another
@@ -111,6 +125,8 @@ class Trainer:
             raise checkpoints.CheckpointError(f"{path}: what it says of its data cannot be read") from None
         if different:
             self.take_other_data(path, state["data"], different, on_other_data)
+        if self.train_step.codec.kind == "latents":
+            self.train_step.codec.remember(state["data"]["autoencoder"])
         try:
             self.train_step.load_state(state)
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -129,9 +145,29 @@ class Trainer:
         if trained["scaling"]:  # the network knows vectors in the units that it was trained in
             codec = codec_from(trained).to(self.device)
             codec.facts = step.codec.facts
+            codec.flip = getattr(step.codec, "flip", False)
             step.codec = step.model.codec = codec
             for ema in step.emas:
                 ema.module.codec = codec
+
+    def open_autoencoder(self) -> None:
+        """Load what makes images of latents. Where it is not to be had, say now that the run will show none.
+
+        Raises ConfigError where it is another than the latents', or data.autoencoder names one that cannot be read.
+        """
+        step, asked = self.train_step, self.cfg.data.autoencoder
+        if step.codec.kind != "latents":
+            return
+        missing = None
+        try:
+            decoding.attach([step.codec, *(ema.module.codec for ema in step.emas)], asked, self.device)
+        except decoding.Missing as error:
+            if asked:
+                raise
+            missing = str(error)
+        self.unseen = of_any_rank(missing)
+        if self.unseen and self.rank == 0:
+            print(f"warning: {self.unseen}; the run goes on without sample grids and scores", file=sys.stderr)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -147,6 +183,8 @@ class Trainer:
         self.log = RunLog(self.folder.path, step.step, cfg.train.steps, cfg.train.batch_size, shown=self.rank == 0)
         self.folder.say = self.log.say
         try:
+            if cfg.train.wandb and self.rank == 0:
+                self.log.wandb = weights_and_biases.WandbRun(cfg, self.log.say)
             yield
         except BaseException as error:
             self.log.close()
@@ -162,6 +200,8 @@ class Trainer:
             raise kind(words) from error
         finally:
             self.log.close()
+            if self.log.wandb:
+                self.log.wandb.finish(failed=sys.exc_info()[0] is not None)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -177,6 +217,7 @@ class Trainer:
     def loop(self) -> None:
         """Train to the last step, logging, sampling, scoring and saving on the way."""
         cfg, step, total = self.cfg, self.train_step, self.cfg.train.steps
+        began = step.step
         for line in self.dataset.said() if self.rank == 0 else ():
             self.log.say(line)
         self.log.say(self.first_line())
@@ -185,10 +226,17 @@ class Trainer:
         if cfg.train.microbatch == "auto" and self.device.type == "cuda" and step.step == 0:
             find_microbatch(step, lambda rows: self.dataset.read(rows % len(self.dataset)))
             self.log.say(f"train.microbatch: {step.microbatch} of {step.local_batch} images a pass")
+        if self.to_time and step.step == 0:
+            self.log.say(own_images.how_long(step, self.dataset))
         room = cfg.train.batch_size if cfg.train.microbatch is None else step.microbatch
-        evaluation = Evaluation(cfg, self.dataset, step.emas[0].module, self.folder.path, self.log, room)
+        shown = (step.emas[0].module, self.folder.path, self.log, room)
+        if cfg.objective.name == "autoencoder":
+            evaluation = Reconstructions(cfg, self.shown, self.held_out, *shown)
+        else:
+            evaluation = Evaluation(cfg, self.dataset, *shown)
         rows = (self.rank * step.local_batch, (self.rank + 1) * step.local_batch)
-        batches = data.batches(resident, cfg.run.seed, cfg.train.batch_size, step.step, rows, cfg.data.workers)
+        order = (cfg.run.seed, cfg.train.batch_size, step.step, rows)
+        batches = data.batches(resident, *order, cfg.data.workers, self.rows)
         upcoming = self.read(batches)
         stop = any_rank(self.unread is not None)
         while step.step < total and not stop:
@@ -211,11 +259,12 @@ class Trainer:
             saving = last or stop or step.step % in_steps(cfg.train.save_every, total) == 0
             if saving:
                 self.save()
-            showing = []
+            showing: list[Callable[[int], Share | None]] = []
             if due["grid"] or (last and not stop):
                 showing.append(evaluation.write_grid)
             if due["score"] or (last and not stop and cfg.metrics.at_end):
                 showing.append(evaluation.score)
+            showing = [] if self.unseen else showing
             with self.log.untimed():
                 for work in showing:
                     scores = self.best_effort(work)
@@ -230,7 +279,10 @@ class Trainer:
         if step.step == total and (streak := int(step.streak)) > few:
             self.stop_at_bad_steps(streak, "the last ones")
         if self.rank == 0:
-            self.log.say(self.folder.next_command(step.step))
+            next_step = self.folder.next_command(step.step)
+            if step.step == total and (began < total or not (self.folder.path / "README.md").exists()):
+                self.write_card(next_step)
+            self.log.say(next_step)
 
     def read(self, batches: Iterator[Any]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The next batch; None, and why in self.unread, where it cannot be had."""
@@ -287,6 +339,15 @@ class Trainer:
         except (Interrupted, Exception) as error:
             return None, " ".join(str(error).split())[:200] or type(error).__name__
 
+    def write_card(self, next_step: str) -> None:
+        """The README.md of a finished run; where it fails that is said."""
+        how = (self.dataset.said()[0], model_card.hardware(self.device, self.world), self.log.scored)
+        try:
+            text = model_card.card(self.cfg, self.train_step.model, *how, next_step.removeprefix("done; "))
+            self.log.say(f"model card: {model_card.write(self.folder.path, text)}")
+        except OSError as error:
+            self.log.say(f"warning: the model card could not be written ({error.strerror})")
+
     def save(self) -> None:
         """Write a checkpoint; while steps are bad no older one is removed."""
         if self.rank == 0:
@@ -318,7 +379,7 @@ class Trainer:
         step, cfg = self.train_step, self.cfg
         first = step.step - streak
         rows = (self.rank * step.local_batch, (self.rank + 1) * step.local_batch)
-        batch = next(data.batches(self.dataset, cfg.run.seed, cfg.train.batch_size, first, rows))
+        batch = next(data.batches(self.dataset, cfg.run.seed, cfg.train.batch_size, first, rows, among=self.rows))
         found = of_any_rank(what_went_bad(step, first, *batch))
         found = found or "the step is finite when it is repeated: suspect the machine"
         if self.folder.saved < step.step:
