@@ -98,7 +98,7 @@ class Studio:
     def guidance(self) -> tuple[float, float] | None:
         """The lowest and highest guidance that sampling takes; None for a model that takes none."""
         learned = getattr(self.cfg.objective, "guidance", None)
-        low, high = learned if isinstance(learned, list) else (1.0, 8.0)
+        low, high = learned if isinstance(learned, list) else (1.0, learned or 8.0)
         try:
             config.load(self.words[1], [f"sample.guidance={low}"])
         except ConfigError:
