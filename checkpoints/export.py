@@ -45,7 +45,7 @@ def from_safetensors(path: Path) -> State:
 def to_onnx(model: torch.nn.Module, state: State, folder: Path) -> list[str]:
     """model.onnx: D(x, sigma[, class_labels]) for any batch size, float32; of a flow map u(z, t, r[, class_labels]).
 
-    A network that is told its guidance takes guidance (B,) as well, and a flow map's interval (B, 2). Weights of 1.5 GiB
+    A network that is told its guidance takes guidance (B,) as well, a flow map interval (B, 2) too. Weights of 1.5 GiB
     and more lie beside it in model.onnx.data, since an ONNX file ends at 2 GiB.
     """
     if model.clock is None:
