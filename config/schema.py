@@ -11,7 +11,17 @@ from pydantic_core import PydanticCustomError
 from config.values import EXACT, is_text, meant
 
 Dataset = Literal[
-    "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "imagenet9", "folder", "zip", "npz", "tar", "parquet",
+    "digits",
+    "mnist",
+    "fashion_mnist",
+    "cifar10",
+    "cifar100",
+    "imagenet9",
+    "folder",
+    "zip",
+    "npz",
+    "tar",
+    "parquet",
     "latents",
 ]
 NEEDS_PATH = ("imagenet9", "folder", "zip", "npz", "tar", "parquet", "latents")  # datasets that data.path leads to

@@ -131,12 +131,14 @@ def fake_step(cfg: config.Config, device: torch.device, precision: str, monkeypa
     def codec():
         return ImageCodec(8, 1, 10 if cfg.data.conditional else 0, 9, augment=cfg.data.augment).to(device)
 
-    def teacher(path, device):
-        untaught = cfg.model_copy(update={"objective": config.parse({"objective": {"name": "edm"}}).objective})
-        return build_model(untaught, codec(), torch.device(device), "fp32").eval()
+    def teacher(state, path):
+        untaught = cfg.model_copy(update={"objective": config.parse(state["config"]).objective})
+        return build_model(untaught, codec(), device, "fp32").eval()
 
     monkeypatch.setattr(checkpoints, "initialise", lambda model, path: None)
-    monkeypatch.setattr(checkpoints, "load_model", teacher)
+    imported = {"config": {"objective": {"name": "edm"}}, "optimizer": None}
+    monkeypatch.setattr(checkpoints, "load", lambda path: imported)
+    monkeypatch.setattr(checkpoints, "model_from", teacher)
     model = build_model(cfg, codec(), device, precision)
     objective = build_objective(cfg, model, load_teacher(cfg, model)).to(device)
     with monkeypatch.context() as patch:
