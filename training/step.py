@@ -15,6 +15,7 @@ from networks import Wrapper
 from objectives.draws import Draws, key
 from training.devices import rank_and_world, talk
 from training.flat import FlatParameters
+from training.muon import Muon, matrices_last
 
 
 def learning_rate(step: int, cfg: Train) -> float:
@@ -80,9 +81,10 @@ class TrainingStep:
         self.forced = [module for module in model.modules() if hasattr(module, "force_weights")]  # EDM2's network
         for network in self.forced:
             network.forcing = False  # not in each pass: once a step, so that microbatches change nothing
-        self.flat = FlatParameters([p for m in (model, objective) for p in m.parameters() if p.requires_grad])
+        parameters = [p for m in (model, objective) for p in m.parameters() if p.requires_grad]
+        self.flat = FlatParameters(matrices_last(parameters) if cfg.train.optimizer == "muon" else parameters)
         self.gradient = self.flat.gradient
-        self.optimizer = build_optimizer(cfg.train, self.flat.vector)
+        self.optimizer = build_optimizer(cfg.train, self.flat)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         parts = [model, *objective.modules()]
         self.networks = [m for m in parts if getattr(m, "autocast", None)]  # in half precision
@@ -220,12 +222,15 @@ class TrainingStep:
             self.microbatch = math.gcd(self.local_batch, state.get("microbatch", self.local_batch))
 
 
-def build_optimizer(cfg: Train, vector: torch.nn.Parameter) -> torch.optim.Optimizer:
+def build_optimizer(cfg: Train, flat: FlatParameters) -> torch.optim.Optimizer:
     """The optimizer of all parameters as one vector."""
+    vector = flat.vector
     on_gpu = vector.device.type == "cuda"
     # On a GPU the rate is a tensor, so that a bad step can be masked there without waiting for the result.
     lr = torch.tensor(cfg.lr, device=vector.device) if on_gpu else cfg.lr
     options = {"lr": lr, "betas": tuple(cfg.betas), "eps": cfg.eps, "weight_decay": cfg.weight_decay}
+    if cfg.optimizer == "muon":
+        return Muon(flat, capturable=on_gpu, **options)
     if cfg.optimizer == "radam":
         return torch.optim.RAdam([vector], **options, foreach=True, capturable=on_gpu)
     adam = torch.optim.AdamW if cfg.optimizer == "adamw" else torch.optim.Adam
