@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch_fidelity
 from torch.utils.data import Dataset
-from torch_fidelity.metric_fid import fid_input_id_to_statistics, fid_statistics_to_metric
-from torch_fidelity.utils import create_feature_extractor
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
 from tqdm import tqdm
 
 import config
@@ -124,12 +124,13 @@ def score(
             "set metrics.features=inception and metrics.scores=[fid], or metrics.reference=null"
         )
     cache, rgb = Path(cache_dir), features != "classifier"
+    statistics = None if reference is None else read_reference(reference)  # what is wrong is said before the sampling
     with quiet(device):
         key = file_name(dataset) if reference is None else None
         if features == "classifier":
             weights, identity = classifier_weights(dataset, key, cache, device, log)
         else:
-            weights, identity = published_weights(features, metrics_cfg.weights, log), "rgb"
+            weights, identity = published_weights(features, metrics_cfg.weights, log)
         options: dict[str, Any] = {
             "input1": FidelityImages(samples, rgb, "scoring"),
             "feature_extractor": FEATURES[features][0],
@@ -140,8 +141,9 @@ def score(
             "prc_batch_size": 2000,
             "verbose": False,
         }
-        if reference is not None:
-            return {"fid": fid_to_statistics(options, reference)}
+        if statistics is not None:
+            own_statistics = inception_statistics(options)
+            return {"fid": fid_statistics_to_metric(own_statistics, statistics, verbose=False)[KEYS["fid"]["fid"]]}
         name = f"{key}-{identity}" if of_class is None else f"{key}-class{of_class}-{identity}"
         remove_damaged(cache / "fidelity", name, log)
         result = torch_fidelity.calculate_metrics(
@@ -224,19 +226,29 @@ def remove_damaged(cache: Path, name: str, log: Log) -> None:
         path.unlink()
 
 
-def fid_to_statistics(options: dict[str, Any], path: str | Path) -> float:
-    """FID to reference statistics: an npz with `mu` (2048,) and `sigma` (2048, 2048), as EDM publishes them."""
+def read_reference(path: str | Path) -> dict[str, np.ndarray]:
+    """Reference statistics as EDM publishes them: an npz with `mu` (2048,) and `sigma` (2048, 2048); float64.
+
+    Raises ScoreError for another file, and for numbers that are no mean and covariance.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            reference = {"mu": file["mu"].astype(np.float64), "sigma": file["sigma"].astype(np.float64)}
-    except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            mu, sigma = (file[name].astype(np.float64) for name in ("mu", "sigma"))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ScoreError(f"metrics.reference={path} is no npz with mu and sigma: {one_line(error)}") from None
-    if reference["mu"].shape != (2048,) or reference["sigma"].shape != (2048, 2048):
+    if mu.shape != (2048,) or sigma.shape != (2048, 2048):
         raise ScoreError(f"metrics.reference={path}: mu must be (2048,) and sigma (2048, 2048)")
+    finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
+    if not (finite and np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6) and (np.diag(sigma) >= 0).all()):
+        raise ScoreError(f"metrics.reference={path}: mu and sigma are no mean and covariance; get the file again")
+    return {"mu": mu, "sigma": sigma}
+
+
+def inception_statistics(options: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Mean `mu` (2048,) and covariance `sigma` (2048, 2048), of n - 1, of input1's Inception features; float64 sums."""
     extractor = create_feature_extractor(options["feature_extractor"], ["2048"], **options)
-    statistics = fid_input_id_to_statistics(1, extractor, "2048", **options)
-    statistics = {name: value.astype(np.float64) for name, value in statistics.items()}
-    return float(fid_statistics_to_metric(statistics, reference, verbose=False)["frechet_inception_distance"])
+    features = extract_featuresdict_from_input_id_cached(1, extractor, **options)["2048"]
+    return fid_features_to_statistics(features.double())
 
 
 class FidelityImages(Dataset[torch.Tensor]):

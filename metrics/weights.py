@@ -19,16 +19,19 @@ SILENCE = 10.0  # seconds without a byte after which a download is given up
 DINOV2, CLIP = "dinov2-vit-b-14", "clip-vit-b-32"  # as torch-fidelity names them
 
 
-def published_weights(features: str, path: str | Path | None, log: Log) -> Path | None:
+def published_weights(features: str, path: str | Path | None, log: Log) -> tuple[Path | None, str]:
     """The weights file of `metrics.features`, none of ours, for torch-fidelity; None: it finds DINOv2's own.
 
+    And a name for what features are of: part of the key of cached reference statistics, which hold for these alone.
     path: `metrics.weights`; None: torch's download folder, fetched where it is missing. Raises ScoreError.
     """
-    return {"inception": _inception, "clip": _clip, "dinov2": _dinov2}[features](path, log)
+    if features == "inception":
+        return _inception(path, log)
+    return {"clip": _clip, "dinov2": _dinov2}[features](path, log), "rgb"
 
 
-def _inception(path: str | Path | None, log: Log) -> Path:
-    """torch-fidelity's Inception weights."""
+def _inception(path: str | Path | None, log: Log) -> tuple[Path, str]:
+    """torch-fidelity's Inception weights, or others of that network, whose distance is said to be no FID."""
     found, advice = find_weights("Inception", URL_INCEPTION_V3, URL_INCEPTION_V3.rsplit("/", 1)[1], path, log)
     try:  # torch-fidelity unpickles the file freely: refuse here one that holds more than tensors
         state = torch.load(found, map_location="cpu", weights_only=True)
@@ -37,7 +40,11 @@ def _inception(path: str | Path | None, log: Log) -> Path:
         raise ScoreError(f"{found} is no file of Inception weights ({one_line(error)}): {advice}") from None
     if tuple(shape) != (1008, 2048) or "Mixed_7c.branch_pool.bn.running_var" not in state:
         raise ScoreError(f"{found} holds another network than FID's Inception: {advice}")
-    return found
+    published, digest = URL_INCEPTION_V3.rpartition("-")[2][:8], hashlib.sha256(found.read_bytes()).hexdigest()
+    if digest.startswith(published):
+        return found, "rgb"
+    log(f"{found} is not torch-fidelity's Inception (its SHA-256 is another): the distance is no FID; {advice}")
+    return found, f"rgb-{digest[:16]}"
 
 
 def _clip(path: str | Path | None, log: Log) -> Path:

@@ -1,11 +1,13 @@
 """What the tests share: golden files, the analytic networks behind them, and a config small enough to train."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import config
 from networks import Preconditioner
 from objectives.common import append_dims
@@ -152,22 +154,50 @@ EVERY = {  # objective -> settings small enough to train in a second; those in T
     "soflow": {"velocity_share": 0.3},
     "imf": {},
 }
-TAUGHT = ("cd", "scd", "tcm", "cmt", "pd")
+TAUGHT = {"cd": "edm", "scd": "edm", "tcm": "ect", "cmt": "edm", "pd": "edm"}  # by a model of what objective
 
 
 def every_objective(folder: Path, name: str, teacher: str, **changes: dict) -> config.Config:
-    """`tiny` with the objective `name`."""
-    objective = {"name": name, **EVERY[name], **({"teacher": teacher} if name in TAUGHT else {})}
+    """`tiny` with the objective `name`; in teacher's path the teacher's objective takes the place of {}."""
+    taught = {"teacher": teacher.format(TAUGHT[name])} if name in TAUGHT else {}
+    objective = {"name": name, **EVERY[name], **taught}
     clock = {"precond": "trigflow"} if name in ("trigflow", "sct", "scd") else {}
     return tiny(folder, **{**changes, "objective": objective, "network": {**clock, **changes.get("network", {})}})
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> str:
-    """The checkpoint of an EDM model that has seen six steps, with augmentation labels."""
+    """The checkpoints {}.ckpt, edm and ect, of a model that has seen six steps, with augmentation labels."""
     folder = tmp_path_factory.mktemp("teacher")
     trainer.train(tiny(folder, objective={"name": "edm"}, data={"augment": 0.5}))
-    return str(folder / "checkpoints" / "last.ckpt")
+    shutil.copy(folder / "checkpoints" / "last.ckpt", folder / "edm.ckpt")
+    as_ect(folder / "edm.ckpt", folder / "ect.ckpt")
+    return str(folder / "{}.ckpt")
+
+
+def as_ect(denoiser: Path | str, path: Path) -> None:
+    """Write a diffusion model's checkpoint as a consistency model's, the same weights: tcm takes no other."""
+    state = checkpoints.load(denoiser)
+    checkpoints.write_state(path, {**state, "config": {**state["config"], "objective": {"name": "ect"}}})
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """A file of Inception weights as torch-fidelity's, random: scaled so that features tell images from each other."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        torch.manual_seed(0)
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("stub", ["2048"], feature_extractor_weights_path=str(path))
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(layer.weight)
+    torch.save(network.state_dict(), path)  # 96 MB
+    yield str(path)
+    path.unlink()
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import pickle
 import socket
 import urllib.error
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -301,19 +300,6 @@ def test_bad_weights_files(few, tmp_path, monkeypatch):
 
 
 # Inception, with random weights
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save({}, path)
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        torch.manual_seed(0)
-        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = inception.FeatureExtractorInceptionV3("stub", ["2048"], feature_extractor_weights_path=str(path))
-    torch.save(network.state_dict(), path)  # 96 MB
-    yield str(path)
-    Path(path).unlink()
 
 
 def test_inception_scores_grey_images_and_reference_statistics(few, inception_file, tmp_path):
