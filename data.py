@@ -33,6 +33,7 @@ from sources.latents import LatentSet
 from sources.latents import from_path as open_latents
 from sources.vectors import VectorSet
 
+EVERY = 20  # where objective.held_out names no images, those 19, 39, ... of the training set are kept out of it
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -62,6 +63,29 @@ def load(data_cfg: Any) -> ImageSet | VectorSet | LatentSet:
     if dataset.files is not None:
         files.check_headers(dataset.files)
     return dataset
+
+
+def held_out(data_cfg: Any, path: str | None, dataset: ImageSet) -> tuple[ImageSet, torch.Tensor, torch.Tensor | None]:
+    """(the set with held-out images, their rows in it, the rows of `dataset` to train on, None for all).
+
+    path: of the images, read as data_cfg.path is; None: they are every EVERY-th of `dataset`. Raises ConfigError for
+    images of another size, or too few to keep some out.
+    """
+    if path is None:
+        places = torch.arange(len(dataset))
+        out = places % EVERY == EVERY - 1
+        if not out.any():
+            what = f"the set has {len(dataset)} images, too few to keep every {EVERY}th out of training"
+            raise ConfigError(f"objective.held_out: {what}; give the path of others")
+        return dataset, places[out], places[~out]
+    try:
+        others = load(data_cfg.model_copy(update={"path": path}))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("data.path", "objective.held_out")) from None
+    if others.shape != dataset.shape:
+        a, b = ("x".join(map(str, images.shape)) for images in (others, dataset))
+        raise ConfigError(f"objective.held_out: {path} holds images of {a}, and the training set is {b}")
+    return others, torch.arange(len(others)), None
 
 
 # The order of reading: a pure function of the seed, so no state is saved ----------------------------------------------

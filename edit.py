@@ -111,10 +111,11 @@ def run(args: argparse.Namespace) -> None:
     from metrics import pictures
     from sampler import evaluations as evaluations_of
     from sampling import tasks
-    from training.devices import pick_device
+    from training.devices import pick_device, set_arithmetic
 
     paths = tasks.input_files(args)
     device = pick_device(cfg.run.device)
+    set_arithmetic(cfg.train.tf32)
     model, _ = choices.trained_model(args, cfg, device)
     problems, num, classes = prepared(args, cfg, model, paths)
     out = choices.new_folder(args, cfg)

@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
     devices.start_ranks()
     device = devices.pick_device(cfg.run.device)
+    devices.set_arithmetic(cfg.train.tf32)
     try:
         if args.samples is None:
             run_checkpoint(args, cfg, device)

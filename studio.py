@@ -49,12 +49,13 @@ class Studio:
     """A trained model of images, and the files that the commands on the page name."""
 
     def __init__(self, ckpt: str, cfg: str | None = None):
-        from training.devices import pick_device
+        from training.devices import pick_device, set_arithmetic
 
         self.words = ("--cfg", cfg or config_beside(ckpt), "--ckpt", ckpt)
         args = generate.arguments().parse_args(self.words)
         self.cfg = generate.settings(args)
         self.device = pick_device(self.cfg.run.device)
+        set_arithmetic(self.cfg.train.tf32)
         self.model, self.step = choices.trained_model(args, self.cfg, self.device)
         if self.model.codec.kind == "vectors":
             raise ConfigError(f"--ckpt: {ckpt} makes vectors, and the demo is for images; generate.py samples it")

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import data
 from config import Config, ConfigError
 from networks import Autoencoder
+from sources.codecs import as_input
 from sources.images import ImageSet
 from sources.latent_files import DTYPES
 from sources.latents import ABOUT, FORMAT, PARTS
@@ -165,8 +166,7 @@ def encode(
     together = max(1, PIXELS // images.resolution**2)
     with bar:
         for batch, (pixels, labels) in zip(own, data.read_batches(images, rows, workers), strict=True):
-            x = data.to_float(pixels.to(device))
-            x = (x + 1) / 2 if input_range == "0,1" else x
+            x = as_input(data.to_float(pixels.to(device)), input_range)
             parts = {}
             for ending, side in (("", x), ("_flip", x.flip(3))):
                 if f"latents{ending}" in file.tensors:

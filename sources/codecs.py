@@ -182,6 +182,11 @@ class VectorCodec(torch.nn.Module):
         return place.clamp(-SQUASHED, SQUASHED).atanh()
 
 
+def as_input(x: torch.Tensor, input_range: str | None) -> torch.Tensor:
+    """What an autoencoder takes of images in [-1, 1]: them, or in [0, 1] where its input_range is "0,1"."""
+    return (x + 1) / 2 if input_range == "0,1" else x
+
+
 class LatentCodec(torch.nn.Module):
     """Latents of a frozen autoencoder to what the model sees, z scale + bias in each channel, and to uint8 images.
 
@@ -273,7 +278,7 @@ class LatentCodec(torch.nn.Module):
         """Images (B, C, R, R) in [-1, 1] -> what the model sees of their latents' means (B, c, r, r)."""
         if self.encoder is None:
             raise RuntimeError("the codec has no autoencoder; sampling.decoding.attach gives it one")
-        x = (x + 1) / 2 if self.autoencoder["input_range"] == "0,1" else x
+        x = as_input(x, self.autoencoder["input_range"])
         mean = torch.cat([self.encoder(part)[0] for part in x.split(self._together())])
         return mean * self.scale + self.bias
 

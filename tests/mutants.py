@@ -353,7 +353,7 @@ MUTANTS = [
     ),
     Mutant(
         "guidance-one-too-strong", "sampler.py",
-        "return null + w * (own - null)", "return own + w * (own - null)",
+        "return null + weight * (own - null)", "return own + weight * (own - null)",
         "w of another convention", "distillation",
     ),
     Mutant(
@@ -585,7 +585,7 @@ MUTANTS = [
     ),
     Mutant(
         "meanflow-labels-dropped-in-one-pass", "objectives/meanflow.py",
-        "along_map(model, *rows, **of_rows(conditions, first))", "along_map(model, *rows, **of_rows(labelled, first))",
+        "of_rows({**conditions, **told}, first)", "of_rows({**labelled, **told}, first)",
         "du/dt at the label, u at the null label", "flow_guidance:meanflow or drops",
     ),
     Mutant(
@@ -695,7 +695,7 @@ MUTANTS = [
     # Scores and masks
     Mutant(
         "a-class-scored-against-all", "metrics/scores.py",
-        "input2=FidelityImages(own, rgb)", "input2=FidelityImages(dataset, rgb)",
+        "input2=FidelityImages(own, rgb", "input2=FidelityImages(dataset, rgb",
         "FID of one class to the whole set: zoubohao/DenoisingDiffusionProbabilityModel-ddpm- #22", "reports_scores",
     ),
     Mutant(
@@ -835,7 +835,7 @@ MUTANTS = [
     ),
     Mutant(
         "resume-starts-the-data-anew", "training/trainer.py",
-        "cfg.train.batch_size, step.step, rows,", "cfg.train.batch_size, 0, rows,",
+        "cfg.train.batch_size, step.step, rows)", "cfg.train.batch_size, 0, rows)",
         "the first images are seen again: Hzfinfdu/Diffusion-BERT #30", "trainer:resumed_run",
     ),
     Mutant(
@@ -953,8 +953,8 @@ MUTANTS = [
         "x 0.5 / std alone: EDM2's channels keep means of up to 1.4 deviations", "latents:numbers or scalings",
     ),
     Mutant(
-        "encoded-in-another-range", "sampling/encoding.py",
-        'x = (x + 1) / 2 if input_range == "0,1" else x', "x = (x + 1) / 2",
+        "encoded-in-another-range", "sources/codecs.py",
+        'return (x + 1) / 2 if input_range == "0,1" else x', "return (x + 1) / 2",
         "the autoencoder sees grey for black; the commonest fault reported", "latents:holds",
     ),
     Mutant(
@@ -1143,6 +1143,96 @@ MUTANTS = [
         "int(point[1] // cell) * columns", "int(point[0] // cell) * columns",
         "another sample than the clicked one is edited", "demo:place",
     ),
+    Mutant(
+        "tcm-after-a-diffusion-model", "training/build.py",
+        '    **dict.fromkeys(("edm", "trigflow"), "a diffusion model"),\n', "",
+        "the frozen stage gives targets that are no samples: here, until a review", "guided_distillation:kind",
+    ),
+    Mutant(
+        "scoring-advised-without-labels", "training/run_folder.py",
+        'self.cfg.metrics.features == "classifier" and not labelled', "False",
+        "the command that a run ends with says that it cannot: here, until a review", "reports_messages:advised",
+    ),
+    Mutant(
+        "own-batches-at-the-front", "training/evaluate.py",
+        "made[own] = values", "made[: len(values)] = values",
+        "one batch over another: a score of uninitialised memory", "autoencoder:every_20th",
+    ),
+    # What scores mean
+    Mutant(
+        "grey-as-red", "metrics/scores.py",
+        "images.expand(-1, 3, -1, -1) if self.rgb",
+        "torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 3 - images.shape[1])) if self.rgb",
+        "a grey image is no more three equal channels: its FID compares with no paper's", "score_meaning:grey",
+    ),
+    Mutant(
+        "statistics-of-other-weights", "metrics/weights.py",
+        'f"rgb-{digest[:16]}"', '"rgb"',
+        "samples by one Inception, the training set by another, from the cache", "score_meaning:inception_fid",
+    ),
+    Mutant(
+        "an-image-left-out", "metrics/scores.py",
+        "fid_features_to_statistics(features.double())", "fid_features_to_statistics(features.double()[1:])",
+        "the statistics are not EDM's of the same images", "score_meaning:pngs",
+    ),
+    Mutant(
+        "any-numbers-are-a-reference", "metrics/scores.py",
+        "if not (finite and", "if False and not (finite and",
+        "a damaged reference gives a figure, or a traceback after 50,000 samples", "score_meaning:refused",
+    ),
+    Mutant(
+        "kid-of-small-subsets", "metrics/scores.py",
+        "kid_subset_size=min(1000,", "kid_subset_size=min(100,",
+        "KID of 100 images at a time where papers take 1,000", "score_meaning:kid",
+    ),
+    Mutant(
+        "pixels-cut-off", "sources/codecs.py",
+        "* 127.5).round().clamp(0, 255).to(torch.uint8)", "* 127.5).clamp(0, 255).to(torch.uint8)",
+        "every sample half a level darker than EDM's", "score_meaning:pixels",
+    ),
+    Mutant(
+        "sides-begin-elsewhere", "benchmarks/versus_sides.py",
+        "    torch.manual_seed(0)\n", "",
+        "ours and theirs start from other weights: luck, not losses, is compared", "versus:alike",
+    ),
+    Mutant(
+        "numpy-draws-unseeded", "benchmarks/versus_sides.py",
+        'np.random.seed(key(seed, "versus", step) % 2**32)', "pass",
+        "a side that draws times by numpy gives another figure every time", "versus:alike",
+    ),
+    Mutant(
+        "student-without-its-start", "benchmarks/versus_stages.py",
+        "400, 0.004)\n    pair = network(case), network(case)\n    for model in pair:",
+        "400, 0.004)\n    pair = network(case), network(case)\n    for model in pair[1:]:",
+        "TCM's second stage from scratch", "versus:alike",
+    ),
+    Mutant(
+        "rows-of-other-data-count", "benchmarks/versus.py",
+        '{"cfg": "config.yml", "batch": 64, **row}.items()', "{**row, **wanted}.items()",
+        "a figure of another dataset stands in the table", "versus:table",
+    ),
+    # benchmarks/gpu.sh
+    Mutant(
+        "original-not-scored", "benchmarks/original_ect.py",
+        "torch._foreach_copy_(self.pairs[1], self.pairs[0])", "pass",
+        "the original's weights never reach what is scored: its distance stays the start's", "gpu_sh:in_our_loop",
+    ),
+    Mutant(
+        "original-goes-on-fresh", "benchmarks/original_ect.py",
+        'self.original.optimizer.load_state_dict(state["original"])', "pass",
+        "a stopped run of the original goes on without its moments", "gpu_sh:in_our_loop",
+    ),
+    Mutant(
+        "original-parts-summed", "benchmarks/originals.py",
+        "loss = self.loss(images) / parts", "loss = self.loss(images)",
+        "a batch in parts has so many times its gradient", "gpu_sh:in_parts",
+    ),
+    Mutant(
+        "share-of-ours", "benchmarks/gpu_table.py",
+        "{r['scores'][first]['fid'] / other['scores'][first]['fid']:.2f}",
+        "{other['scores'][first]['fid'] / r['scores'][first]['fid']:.2f}",
+        "the share of the original's distance upside down", "gpu_sh:share",
+    ),
 ]  # fmt: skip
 
 
@@ -1209,7 +1299,8 @@ def judge(mutant: Mutant, source: Path, already: set[str]) -> tuple[str, str]:
         compile(text, mutant.file, "exec")  # an error must train, and train badly
         (folder / mutant.file).write_text(text)
         failures = run_tests(folder, mutant.tests, "-x", *[f"--deselect={test}" for test in already])
-        module = sys.modules.get(mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+        path = mutant.file.removeprefix("benchmarks/").removesuffix(".py").removesuffix("/__init__")
+        module = sys.modules.get(path.replace("/", "."))
         os.chdir("/")
     if module is None or not module.__file__.startswith(str(folder)):
         return "NOT LOADED by its tests", ""

@@ -136,7 +136,7 @@ def fake_step(cfg: config.Config, device: torch.device, precision: str, monkeypa
         return build_model(untaught, codec(), device, "fp32").eval()
 
     monkeypatch.setattr(checkpoints, "initialise", lambda model, path: None)
-    imported = {"config": {"objective": {"name": "edm"}}, "optimizer": None}
+    imported = {"config": {"objective": {"name": TAUGHT.get(cfg.objective.name, "edm")}}, "optimizer": None}
     monkeypatch.setattr(checkpoints, "load", lambda path: imported)
     monkeypatch.setattr(checkpoints, "model_from", teacher)
     model = build_model(cfg, codec(), device, precision)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import analytic, golden, relative_error, tiny
+from conftest import analytic, as_ect, golden, relative_error, tiny
 from test_objectives import CT, per_sample
 
 import checkpoints
@@ -466,6 +466,9 @@ def teachers(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_distillation_runs_from_a_teacher_and_resumes_bit_for_bit(name, teachers, tmp_path, monkeypatch):
+    if name == "tcm":
+        as_ect(teachers, tmp_path / "ect.ckpt")
+        teachers = str(tmp_path / "ect.ckpt")
     precond = {"precond": "trigflow"} if name == "scd" else {}
     settings = {
         "objective": {**OBJECTIVES[name], "teacher": teachers},

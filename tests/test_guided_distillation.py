@@ -376,6 +376,7 @@ def test_what_does_not_go_with_a_pair():
     ("pd", "cd", r"is a consistency model \(objective cd\); pd needs a diffusion model \(objective edm, tr"),
     ("meanflow", "ct", r"is a consistency model \(objective ct\); meanflow needs a diffusion or flow model"),
     ("tcm", "flow", r"is a flow model \(objective flow\); tcm needs a consistency model"),
+    ("tcm", "edm", r"is a diffusion model \(objective edm\); tcm needs a consistency model \(objective ect or ict\)"),
     *((name, right, None) for name, right in (
         ("cd", "edm"), ("tcm", "ect"), ("tcm", "ict"), ("tcm", "cd"), ("pd", "pd"),
         ("scd", "trigflow"), ("meanflow", "flow"),
@@ -399,7 +400,7 @@ def test_a_teacher_of_another_kind_is_refused(method, teacher, said, tmp_path):
         trainer.Trainer(cfg)
 
 
-def test_guidance_of_a_guided_or_unknowing_teacher_is_refused(runs, tmp_path, teacher):
+def test_guidance_of_a_guided_or_unknowing_teacher_is_refused(runs, tmp_path):
     own = {"data": {"conditional": True}}
     guided = str(runs / "meanflow/checkpoints/last.ckpt")
     asked = {"name": "meanflow", "teacher": guided, "guidance": 2.0}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EVERY, TAUGHT, tiny
+from conftest import EVERY, TAUGHT, as_ect, tiny
 
 import data
 from objectives import draws
@@ -37,13 +37,15 @@ def starts(tmp_path_factory):
         train = {"steps": 250, "batch_size": 48, "lr": 1e-2, "log_every": 250, "save_every": 250, "precision": "fp32"}
         trainer.train(tiny(folder, **settings(name), train=train))
         paths[name] = str(folder / "checkpoints" / "last.ckpt")
+    as_ect(paths["edm"], folder / "ect.ckpt")
+    paths["ect"] = str(folder / "ect.ckpt")
     return paths
 
 
 def rows(starts, name, precisions=("auto",), network=None, train=None):
     """The rows of benchmarks/precision.py at the last stage."""
     start = starts["trigflow" if name in ("trigflow", "sct", "scd") else "edm"]
-    taught = {"teacher": start} if name in TAUGHT else {}
+    taught = {"teacher": starts["ect"] if name == "tcm" else start} if name in TAUGHT else {}
     given = settings(name, **LAST.get(name, EVERY[name]), **taught)
     given["network"].update(network or {})
     cfg = tiny(Path("unused"), **given, train={"steps": 16, **(train or {})})
@@ -74,7 +76,7 @@ def test_half_precision_by_two_passes_is_not(starts):
 
 def test_tcm_by_a_derivative_is_two_passes(starts):
     """In float64, over other batches and parts of them; and rows at t' or with r below it find room every time."""
-    cfg = tiny(Path("unused"), **settings("tcm", df=0.01, teacher=starts["edm"]), train={"batch_size": 64})
+    cfg = tiny(Path("unused"), **settings("tcm", df=0.01, teacher=starts["ect"]), train={"batch_size": 64})
     model = build.build_model(cfg, data.load(cfg.data).codec(cfg), torch.device("cpu"), "fp64")
     objective = build.build_objective(cfg, model, build.load_teacher(cfg, model)).double()
     with torch.no_grad():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny
@@ -178,6 +179,18 @@ def test_a_runs_next_commands_work_when_pasted(tmp_path, monkeypatch, capsys):
     again = str(error.value).split("another folder: ")[1]
     assert shlex.split(again) == [f"run.dir={folder}-2"]
     assert sorted(os.listdir()) == ["data", str(folder)]  # data: what scoring keeps
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_score_by_a_classifier_is_advised_where_there_are_labels(labelled, tmp_path, capsys):
+    """Whether or not the model is told them."""
+    images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, **({"labels": np.arange(32) % 2} if labelled else {}))
+    trainer.train(tiny(tmp_path / "r", data={"name": "npz", "path": str(tmp_path / "x.npz")}, train={"steps": 1}))
+    said, command = capsys.readouterr().out.splitlines()[-2:]
+    assert said.split("; ")[-1] == ("sample and score with" if labelled else "sample with")
+    argv = [*shlex.split(command)[2:], "--num", "20", "--out", str(tmp_path / "s")]
+    assert ("--calc_fid" in argv) == labelled and generate.main(argv) == 0
 
 
 def test_the_old_name_of_convert_says_the_new_command(tmp_path):

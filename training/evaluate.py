@@ -20,6 +20,25 @@ from training.devices import rank_and_world
 from training.logs import RunLog
 
 
+def own_batches(
+    count: int, batch: int, make: Callable[[int, int], torch.Tensor], what: str = "sampling"
+) -> torch.Tensor | None:
+    """(count, ...) on the CPU with this rank's batches in their place, by make(start, stop); None: it has none.
+
+    They are every world-th batch of one process: so its samples bit for bit. what: the progress bar's name.
+    """
+    (rank, world), made = rank_and_world(), None
+    starts = range(rank * batch, count, world * batch)
+    with progress(what, len(starts), "batch", shown=rank == 0) as bar:
+        for start in starts:
+            own = slice(start, min(start + batch, count))
+            values = make(own.start, own.stop)
+            made = values.new_empty(count, *values.shape[1:]) if made is None else made
+            made[own] = values
+            bar.update()
+    return made
+
+
 @dataclass
 class Share:
     """A rank's share of `count` samples, and what rank 0 does with all of them."""
@@ -44,20 +63,8 @@ class Evaluation:
         return Drawing(self.model, self.cfg.run.seed, count, *plan(self.cfg), given, *how)
 
     def draw(self, drawing: Drawing) -> torch.Tensor | None:
-        """(count, ...) on the CPU, uint8 images or vectors in their own units, with this rank's batches in their place.
-
-        They are every world-th batch of one process: so its samples bit for bit.
-        """
-        (rank, world), count, samples = rank_and_world(), drawing.num, None
-        starts = range(rank * self.batch, count, world * self.batch)
-        with progress("sampling", len(starts), "batch", shown=rank == 0) as bar:
-            for start in starts:
-                stop = min(start + self.batch, count)
-                batch = drawing.draw(start, stop)
-                samples = batch.new_empty(count, *batch.shape[1:]) if samples is None else samples
-                samples[start:stop] = batch
-                bar.update()
-        return samples
+        """uint8 images or vectors in their own units (drawing.num, ...): this rank's, as own_batches."""
+        return own_batches(drawing.num, self.batch, drawing.draw)
 
     def write_grid(self, step: int) -> Share:
         """A grid of samples as a file, and in TensorBoard where it is a picture."""

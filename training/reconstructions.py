@@ -7,39 +7,13 @@ from pathlib import Path
 import torch
 
 import data
-from config import Config, ConfigError
+from config import Config
 from metrics import pictures
 from metrics.common import fetch
 from metrics.scores import psnr
 from networks import Autoencoder
-from training.devices import rank_and_world
-from training.evaluate import Share
+from training.evaluate import Share, own_batches
 from training.logs import RunLog
-
-EVERY = 20  # where objective.held_out names no images, those 19, 39, ... of the training set are kept out of it
-
-
-def held_out(cfg: Config, dataset: object) -> tuple[object, torch.Tensor, torch.Tensor | None]:
-    """(the set with the held-out images, their rows in it, the rows of `dataset` to train on, None for all).
-
-    Raises ConfigError for images of another size, or too few to keep some out.
-    """
-    path = cfg.objective.held_out
-    if path is None:
-        places = torch.arange(len(dataset))
-        out = places % EVERY == EVERY - 1
-        if not out.any():
-            what = f"the set has {len(dataset)} images, too few to keep every {EVERY}th out of training"
-            raise ConfigError(f"objective.held_out: {what}; give the path of others")
-        return dataset, places[out], places[~out]
-    try:
-        others = data.load(cfg.data.model_copy(update={"path": path}))
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("data.path", "objective.held_out")) from None
-    if others.shape != dataset.shape:
-        a, b = ("x".join(map(str, images.shape)) for images in (others, dataset))
-        raise ConfigError(f"objective.held_out: {path} holds images of {a}, and the training set is {b}")
-    return others, torch.arange(len(others)), None
 
 
 class Reconstructions:
@@ -61,16 +35,14 @@ class Reconstructions:
 
     @torch.no_grad()
     def reconstruct(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """uint8 (len(rows), C, R, R) on the CPU, with this rank's batches in their place; None: it has none."""
-        (rank, world), made = rank_and_world(), None
+        """uint8 (len(rows), C, R, R): this rank's, as own_batches."""
         device = next(self.model.parameters()).device
-        for start in range(rank * self.batch, len(rows), world * self.batch):
-            own = slice(start, min(start + self.batch, len(rows)))
-            x = data.to_float(fetch(self.dataset, rows[own]).to(device))
-            batch = self.model.codec.from_model(self.model.decode(self.model.encode(x)[0])).cpu()
-            made = batch.new_empty(len(rows), *batch.shape[1:]) if made is None else made
-            made[own] = batch
-        return made
+
+        def make(start: int, stop: int) -> torch.Tensor:
+            x = data.to_float(fetch(self.dataset, rows[start:stop]).to(device))
+            return self.model.codec.from_model(self.model.decode(self.model.encode(x)[0])).cpu()
+
+        return own_batches(len(rows), self.batch, make, "reconstructing")
 
     def write_grid(self, step: int) -> Share:
         """A PNG of sample.grid held-out images spread over all of them, each with its reconstruction on its right."""

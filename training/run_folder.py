@@ -141,8 +141,11 @@ class RunFolder:
         """What goes on with this run."""
         return config.command("main.py", "--cfg", self.path / "config.yml", "--resume")
 
-    def next_command(self, step: int) -> str:
-        """What a run that ended at `step` says. Raises RunFailed where that step is not saved."""
+    def next_command(self, step: int, labelled: bool) -> str:
+        """What a run that ended at `step` says. Raises RunFailed where that step is not saved.
+
+        labelled: whether the training set has labels, which the classifier behind metrics.features needs.
+        """
         name, last, resume = self.path / "config.yml", self.checkpoints / "last.ckpt", self.resume_command
         if self.saved < step:
             raise RunFailed(
@@ -155,9 +158,9 @@ class RunFolder:
             out = self.path / "latents.safetensors"
             encode = config.command("encode.py", "--cfg", name, "--autoencoder", last, "--out", out)
             return f"done; make latents of the images with\n  {encode}"
-        cfg, sample = self.cfg, config.command("generate.py", "--cfg", name, "--ckpt", last)
-        if cfg.metrics.features == "classifier" and not cfg.data.conditional and cfg.data.name == "folder":
-            return f"done; sample with\n  {sample}"  # there may be no labels to train a classifier on
+        sample = config.command("generate.py", "--cfg", name, "--ckpt", last)
+        if self.cfg.metrics.features == "classifier" and not labelled:
+            return f"done; sample with\n  {sample}"
         return f"done; sample and score with\n  {sample} --calc_fid"
 
 

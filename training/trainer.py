@@ -35,7 +35,7 @@ from training.devices import (
 from training.diagnose import find_microbatch, in_words, what_went_bad
 from training.evaluate import Evaluation, Share
 from training.logs import RunLog
-from training.reconstructions import Reconstructions, held_out
+from training.reconstructions import Reconstructions
 from training.run_folder import RunFolder, other_data
 from training.speed import Speedometer, peak_memory
 from training.step import TrainingStep
@@ -86,7 +86,7 @@ class Trainer:
             self.dataset = self.shown = data.load(cfg.data)
             self.rows = None  # of the dataset that are trained on; None: all
             if cfg.objective.name == "autoencoder":
-                self.shown, self.held_out, self.rows = held_out(cfg, self.dataset)
+                self.shown, self.held_out, self.rows = data.held_out(cfg.data, cfg.objective.held_out, self.dataset)
         codec = self.dataset.codec(cfg).to(self.device)
         model = build_model(cfg, codec, self.device, precision)
         objective = build_objective(cfg, model, load_teacher(cfg, model)).to(self.device)
@@ -279,7 +279,8 @@ class Trainer:
         if step.step == total and (streak := int(step.streak)) > few:
             self.stop_at_bad_steps(streak, "the last ones")
         if self.rank == 0:
-            next_step = self.folder.next_command(step.step)
+            labelled = step.codec.kind == "vectors" or self.dataset.labels is not None  # vectors need no classifier
+            next_step = self.folder.next_command(step.step, labelled)
             if step.step == total and (began < total or not (self.folder.path / "README.md").exists()):
                 self.write_card(next_step)
             self.log.say(next_step)
