@@ -579,6 +579,8 @@ class MeanFlow(TwoTimes):
     """v0 (the paper): the larger of two times is t; v1 (released code): t stays, and r is at most t."""
     ratio: float = Field(0.75, ge=0, le=1)
     """Probability that r differs from t; where r = t, plain flow matching is trained."""
+    flow: Length = 0
+    """First steps, or their share of the run below 1, of flow matching alone (r = t), which cost half as much."""
     guidance: Guidance = None
     """w of the guidance that is learned, so that sampling costs one evaluation; or [w_min, w_max], between which it is
     drawn and told to the network, for sampling to choose. Needs data.conditional. null: none."""

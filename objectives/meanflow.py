@@ -39,21 +39,25 @@ class MeanFlow(torch.nn.Module):
         kappa: float = 0.0,  # share of the network's own guided velocity; the effective w is w / (1 - kappa)
         interval: tuple[float, float] = (0.0, 1.0),  # of t, where it is guided
         label_dropout: float = 0.1,  # share of labels dropped where guided
+        flow: int = 0,  # first steps, in which r = t in every row: flow matching, without the derivative
         teacher: torch.nn.Module | None = None,  # a denoiser or a flow map, in eval mode
     ):
         super().__init__()
         self.sampler, self.ratio, self.p, self.eps = sampler, ratio, p, eps
         self.P_mean_t, self.P_std_t, self.P_mean_r, self.P_std_r = P_mean_t, P_std_t, P_mean_r, P_std_r
         self.guidance, self.kappa, self.interval, self.label_dropout = guidance, kappa, interval, label_dropout
+        self.flow = flow
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
 
-    def draw_times(self, draws: Draws, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def draw_times(self, draws: Draws, dtype: torch.dtype, step: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
         """(t, r, n): times (B,) of which the first n are known to be equal.
 
         Where labels are dropped, the rows with r = t fill the global batch from its front, as the dropped rows do: so
         these have r = t (Gsunshine/meanflow). Elsewhere they are drawn (Gsunshine/py-meanflow).
         """
         t = logit_normal(draws, self.P_mean_t, self.P_std_t, dtype)
+        if step < self.flow:
+            return t, t, len(t)
         r = logit_normal(draws, self.P_mean_r, self.P_std_r, dtype)
         front = draws.first(int((1 - self.ratio) * draws.total + 1e-6)) if self.guidance is not None else 0
         if self.guidance is not None:
@@ -70,7 +74,7 @@ class MeanFlow(torch.nn.Module):
         """x (B, ...) clean data; times r <= t (B,) in [0, 1], both, and noise (B, ...) may be given."""
         draws, front = draws or Draws.fresh(x), 0
         if t is None:
-            t, r, front = self.draw_times(draws, x.dtype)
+            t, r, front = self.draw_times(draws, x.dtype, step)
         if noise is None:
             noise = draws.normal(x.shape, x.dtype)
         z, v = on_path(x, noise, t)
@@ -88,7 +92,8 @@ class MeanFlow(torch.nn.Module):
             if self.guidance is not None:
                 v = self.guided(model, z, v, t, dropped, labelled, told, dropout)
             dudt = torch.zeros_like(v)
-            first = front if passes_alone(model, conditions) else 0  # where r = t, du/dt is multiplied by 0
+            alone = front == len(x) or passes_alone(model, conditions)
+            first = front if alone else 0  # where r = t, du/dt is multiplied by 0
             if first < len(x):
                 rows = [values[first:] for values in (z, t, r, v, torch.ones_like(t), torch.zeros_like(r))]
                 with replayed(dropout, x.device):

@@ -94,6 +94,22 @@ def test_times_are_drawn_as_in_the_original(sampler):
         assert torch.allclose(drawn.quantile(deciles), g[f"sampler_{sampler}_deciles_{name}"], atol=5e-3)
 
 
+def test_first_steps_are_flow_matching():
+    """objective.flow: no derivative is computed, and the loss is that of rows with r = t; then it is MeanFlow's."""
+    model, x = Map(MEANFLOW["coef"]), MEANFLOW["x0"]
+    first, after = MeanFlow(flow=5), MeanFlow()
+    calls = []
+    model.register_forward_pre_hook(lambda module, args: calls.append(args))
+    loss = first(model, x, step=4, draws=Draws(0, len(x))).loss
+    assert len(calls) == 1 and torch.equal(calls[0][1], calls[0][2])  # z, t, r
+    t, noise = calls[0][1], torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    given = [o(model, x, step=s, t=t, r=t, noise=noise).loss.detach() for o, s in ((first, 4), (first, 5), (after, 4))]
+    assert relative_error(given[0], given[1]) < 1e-12 and relative_error(given[1], given[2]) < 1e-12
+    assert loss.isfinite().all()
+    later = [o(model, x, step=5, draws=Draws(0, len(x))).loss for o in (first, after)]
+    assert torch.equal(*later)
+
+
 def test_where_two_samplers_differ():
     """v0 swaps before rows become equal; v1 keeps t, so rows with r > t are equal too."""
     t, r = torch.tensor([0.2, 0.2, 0.6, 0.6]), torch.tensor([0.5, 0.5, 0.1, 0.1])

@@ -76,7 +76,12 @@ def say_what_attends_nowhere(cfg: Config, model: networks.Wrapper) -> None:
 
 
 TEACHERS = {"meanflow": ("edm", "trigflow", *FLOW_MAPS), "pd": ("edm", "trigflow", "pd")}  # the others: edm, trigflow
-KINDS = {"autoencoder": "an autoencoder", "pd": "distilled already", **dict.fromkeys(FLOW_MAPS, "a flow model")}
+KINDS = {  # the others: consistency models
+    **dict.fromkeys(("edm", "trigflow"), "a diffusion model"),
+    **dict.fromkeys(FLOW_MAPS, "a flow model"),
+    "autoencoder": "an autoencoder",
+    "pd": "distilled already",
+}
 
 
 def refuse_teacher(cfg: Config, state: dict[str, Any]) -> None:
@@ -163,7 +168,8 @@ def build_objective(cfg: Config, model: torch.nn.Module, teacher: torch.nn.Modul
         case "flow":
             return FlowMatching(o.P_mean, o.P_std)
         case "meanflow":
-            return MeanFlow(**o.model_dump(exclude={"name", "teacher"}), teacher=teacher)
+            settings = o.model_dump(exclude={"name", "teacher", "flow"})
+            return MeanFlow(**settings, teacher=teacher, flow=in_steps(o.flow, steps))
         case "soflow":
             return SoFlow(steps, **o.model_dump(exclude={"name"}))
         case "imf":
