@@ -552,6 +552,26 @@ MUTANTS = [
         "the adaptive weight of a mean: haidog-yaqub/MeanFlow", "flow_maps:meanflow",
     ),
     Mutant(
+        "meanflow-flow-a-step-long", "objectives/meanflow.py",
+        "if step < self.flow:", "if step <= self.flow:",
+        "one step more of flow matching alone", "flow_maps:first_steps",
+    ),
+    Mutant(
+        "muon-scaled-by-the-short-side", "training/muon.py",
+        "0.2 * max(", "0.2 * min(",
+        "a matrix's step is too short", "muon",
+    ),
+    Mutant(
+        "muon-without-nesterov", "training/muon.py",
+        "slope.lerp(momentum, MOMENTUM)", "momentum.clone()",
+        "the momentum itself is made orthogonal", "muon",
+    ),
+    Mutant(
+        "muon-transposed-as-it-lies", "training/muon.py",
+        "padded[:columns, :rows].T", "padded[:columns, :rows].reshape(rows, columns)",
+        "a tall matrix is read in another order", "muon",
+    ),
+    Mutant(
         "meanflow-equal-before-the-larger-is-t", "objectives/schedules.py",
         """    if sampler == "v0":
         t, r = torch.maximum(t, r), torch.minimum(t, r)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Muon(torch.optim.RAdam):
     are vectors over all parameters, as the other optimizers' are; the second moment of a matrix stays 0.
     """
 
-    def __init__(self, flat: FlatParameters, capturable: bool, **options):
+    def __init__(self, flat: FlatParameters, capturable: bool, **options: Any) -> None:
         """flat: parameters, those that are no matrices first (`matrices_last`)."""
         super().__init__([flat.vector], foreach=True, capturable=capturable, **options)
         self.flat = flat
