@@ -70,9 +70,9 @@ def without(
     return {**conditions, "class_labels": None if dropped is None else labels * ~dropped[:, None]}
 
 
-def of_rows(conditions: dict[str, torch.Tensor | None], first: int) -> dict[str, torch.Tensor | None]:
-    """The conditions of the rows from `first` on."""
-    return {name: None if value is None else value[first:] for name, value in conditions.items()}
+def of_rows(conditions: dict[str, torch.Tensor | None], rows: slice | torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """The conditions of some rows."""
+    return {name: None if value is None else value[rows] for name, value in conditions.items()}
 
 
 def ask(

@@ -70,11 +70,13 @@ class ImprovedMeanFlow(torch.nn.Module):
                 v, tangent = self.guided(model, z, v, t, dropped, labelled, told, dropout)
             elif first < len(x):
                 tangent = torch.zeros_like(v)
-                tangent[first:] = predicted(dropout, model, z[first:], t[first:], of_rows(conditions, first))
+                tangent[first:] = predicted(
+                    dropout, model, z[first:], t[first:], of_rows(conditions, slice(first, None))
+                )
             if first < len(x):  # where r = t, du/dt is multiplied by 0
                 rows = [values[first:] for values in (z, t, r, tangent, torch.ones_like(t), torch.zeros_like(r))]
                 with replayed(dropout, x.device):
-                    _, dudt[first:] = along_map(model, *rows, **of_rows(conditions, first))
+                    _, dudt[first:] = along_map(model, *rows, **of_rows(conditions, slice(first, None)))
         square = (u + append_dims(t - r, x) * dudt - v).square().reshape(len(x), -1)
         loss = adaptive(square.sum(1), self.p, self.eps)
         log = {"square_u": square.mean(), **by_time(square.mean(1), t)}

@@ -92,12 +92,11 @@ class MeanFlow(torch.nn.Module):
             if self.guidance is not None:
                 v = self.guided(model, z, v, t, dropped, labelled, told, dropout)
             dudt = torch.zeros_like(v)
-            alone = front == len(x) or passes_alone(model, conditions)
-            first = front if alone else 0  # where r = t, du/dt is multiplied by 0
-            if first < len(x):
-                rows = [values[first:] for values in (z, t, r, v, torch.ones_like(t), torch.zeros_like(r))]
+            if front < len(x):
+                rows = unequal(r < t, front) if passes_alone(model, conditions) else slice(None)
+                along = [values[rows] for values in (z, t, r, v, torch.ones_like(t), torch.zeros_like(r))]
                 with replayed(dropout, x.device):
-                    _, dudt[first:] = along_map(model, *rows, **of_rows({**conditions, **told}, first))
+                    _, dudt[rows] = along_map(model, *along, **of_rows({**conditions, **told}, rows))
             target = v - append_dims(t - r, x) * dudt
         square = (u - target).square().reshape(len(x), -1)
         mean = square.mean(1)
@@ -127,3 +126,9 @@ class MeanFlow(torch.nn.Module):
         if self.kappa:
             mixed = mixed + self.kappa * own(labelled)
         return torch.where(here, mixed, v)
+
+
+def unequal(earlier: torch.Tensor, front: int) -> slice | torch.Tensor:
+    """The rows that need du/dt, which is multiplied by t - r: those where `earlier`, r < t (B,), of which the first
+    `front` have none. A GPU would have to wait for how many they are, and takes all behind the front."""
+    return earlier.nonzero()[:, 0] if earlier.device.type == "cpu" else slice(front, None)

@@ -110,7 +110,9 @@ class SoFlow(torch.nn.Module):
             q = v - u
             if first < len(x):
                 rows = [values[first:] for values in (z, v, t, r, u)]
-                q[first:] = self.quotient(model, *rows, self.rho(step), dropout, of_rows(conditions, first))
+                q[first:] = self.quotient(
+                    model, *rows, self.rho(step), dropout, of_rows(conditions, slice(first, None))
+                )
         alike = r >= t
         square = torch.where(append_dims(alike, x).bool(), u - v, q).square().reshape(len(x), -1).mean(1)
         consistency = -(u * q).reshape(len(x), -1).mean(1) * (square.detach() + self.eps) ** -self.p
@@ -154,6 +156,8 @@ class SoFlow(torch.nn.Module):
         if self.mix != 1:
             own = u.clone()
             if first < len(z):
-                own[first:] = ask(dropout, model, z[first:], t[first:], t[first:], **of_rows(labelled, first))
+                own[first:] = ask(
+                    dropout, model, z[first:], t[first:], t[first:], **of_rows(labelled, slice(first, None))
+                )
             mixed = self.mix * mixed + (1 - self.mix) * own
         return torch.where(append_dims(dropped, z).bool(), v, mixed)
