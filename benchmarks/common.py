@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -28,17 +29,21 @@ from training.speed import flops, matmul_peak, peak_memory, seconds, wait  # noq
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions, commit and date: what every result stands beside."""
+    """Hardware, versions, commit and date: what every result stands beside. COMMIT names it where there is no git."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
 
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "commit": (git("rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", ""))
+        + ("+" if git("status", "--porcelain", "-uno") else ""),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -125,10 +125,12 @@ def asks_for_a_teacher(objective: Any) -> bool:
 
 
 def denoiser(args: argparse.Namespace, raw: config.Config, folder: Path) -> str:
-    """The checkpoint of a diffusion model, or of plain flow matching, of the recipe's network, trained here."""
+    """The checkpoint of a diffusion model, of plain flow matching, or of ect for tcm, of the recipe's network."""
     name = "trigflow" if raw.network.precond == "trigflow" else "edm"
     if raw.network.times:  # iMF's network is not told t: a start of its own
         name = "imf" if raw.network.times == "t-r" else "flow"
+    if raw.objective.name == "tcm":  # whose teacher is a consistency model
+        name = "ect"
     network = [o for o in args.overrides if not o.startswith(("objective.", "train."))]
     if raw.network.precond == "cm":
         network.append("network.precond=edm")

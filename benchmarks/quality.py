@@ -1,7 +1,9 @@
 """Train methods side by side and score them in one and two steps: python benchmarks/quality.py LIST.yml --out DIR
 
 LIST.yml names the rows: a config, overrides, and for a distilled method the row that is its teacher. A row that is
-already measured is not run again. Writes results.json, table.md, curves.png and samples.png.
+already measured is not run again. With --original PATH, a checkout of github.com/locuslab/ect, the rows named by
+--only, of ECT, are trained by that code instead and called NAME-original. Writes results.json, table.md, curves.png and
+samples.png.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import yaml
 from common import ROOT, machine, save
+from original_ect import OriginalECT
 
 import checkpoints
 import config
@@ -37,6 +41,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="settings of every row")
+    parser.add_argument("--original", type=Path, metavar="PATH", help="train the rows by the original ECT code there")
     parser.add_argument("--threads", type=int, help="CPU threads; figures repeat bit for bit with the same number")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--images", type=int, help="images each row trains on; schedules are scaled to them")
@@ -44,14 +50,17 @@ def main() -> int:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = yaml.safe_load(Path(args.list).read_text())
+    rows = [row for row in yaml.safe_load(Path(args.list).read_text()) if not args.only or row["name"] in args.only]
+    rows = [{**row, "set": [*row.get("set", []), *args.set]} for row in rows]
+    if args.original:
+        rows = [{**row, "name": f"{row['name']}-original"} for row in rows]
+        trainer.TrainingStep = partial(OriginalECT, args.original)
     results = args.out / "results.json"
     for seed in args.seeds:
         for row in rows:
-            if args.only and row["name"] not in args.only:
-                continue
             done = json.loads(results.read_text()) if results.exists() else []
-            if not any((r["name"], r["seed"]) == (row["name"], seed) for r in done):
+            features = scores.features_name(config.load(ROOT / row["cfg"], settings(row, seed, args.out)).metrics)
+            if not any((r["name"], r["seed"], r["features"]) == (row["name"], seed, features) for r in done):
                 measured = measure(row, seed, args.out, args.images, args.minutes)
                 done = json.loads(results.read_text()) if results.exists() else []
                 save([*done, measured], results)
@@ -65,12 +74,9 @@ def main() -> int:
 
 def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes: float | None = None) -> dict:
     """Train one row and score its EMA; what was run, where and how long stands beside the figures."""
-    folder = out / f"{row['name']}-seed{seed}"
-    overrides = [*row.get("set", []), f"run.dir={folder}", f"run.seed={seed}", "metrics.at_end=false"]
-    if "teacher" in row:
-        overrides.append(f"objective.teacher={out}/{row['teacher']}-seed{seed}/checkpoints/last.ckpt")
-    if "init_from" in row:
-        overrides.append(f"train.init_from={out}/{row['init_from']}-seed{seed}/checkpoints/last.ckpt")
+    folder, overrides = out / f"{row['name']}-seed{seed}", settings(row, seed, out)
+    if not checkpoints.saved(folder / "checkpoints"):  # killed before there was anything to go on from
+        (folder / "config.yml").unlink(missing_ok=True)
     overrides += budget(row["cfg"], overrides, folder, images, minutes)
     cfg = config.load(ROOT / row["cfg"], overrides)
     trainer.train(cfg, resume=(folder / "config.yml").exists())
@@ -98,6 +104,16 @@ def measure(row: dict, seed: int, out: Path, images: int | None = None, minutes:
         "command": f"python main.py --cfg {row['cfg']} {' '.join(overrides)}",
         **machine(next(model.parameters()).device),
     }
+
+
+def settings(row: dict, seed: int, out: Path) -> list[str]:
+    """A row's overrides."""
+    overrides = [*row.get("set", []), f"run.dir={out}/{row['name']}-seed{seed}", f"run.seed={seed}"]
+    if "teacher" in row:
+        overrides.append(f"objective.teacher={out}/{row['teacher']}-seed{seed}/checkpoints/last.ckpt")
+    if "init_from" in row:
+        overrides.append(f"train.init_from={out}/{row['init_from']}-seed{seed}/checkpoints/last.ckpt")
+    return [*overrides, "metrics.at_end=false"]
 
 
 def budget(file: str, overrides: list[str], folder: Path, images: int | None, minutes: float | None) -> list[str]:
@@ -152,14 +168,15 @@ def score(
 def write_table(results: list[dict], path: Path) -> None:
     """A line a row, the seeds' figures side by side."""
     lines = ["| method | starts from | images | minutes | figures: by seed |", "| --- | --- | --- | --- | --- |"]
-    for name in dict.fromkeys(r["name"] for r in results):
-        own = [r for r in results if r["name"] == name]
+    for name, features in dict.fromkeys((r["name"], r["features"]) for r in results):
+        own = [r for r in results if (r["name"], r["features"]) == (name, features)]
         figures = "; ".join(
             f"{kind} {figure}: " + ", ".join(format(r["scores"][kind][figure], ".3g") for r in own)
             for kind in own[0]["scores"]
             for figure in own[0]["scores"][kind]
         )
         start = own[0]["starts_from"] or "noise"
+        name += "" if features == results[0]["features"] else f", {features}"
         lines.append(f"| {name} | {start} | {own[0]['images']:,} | {own[0]['minutes']:.1f} | {figures} |")
     path.write_text("\n".join(lines) + "\n")
 

@@ -13,6 +13,7 @@ import re
 import sys
 from typing import Any
 
+import gpu_table
 from common import RESULTS, ROOT
 from scaling import AXES, plot
 from step import SECTIONS
@@ -107,7 +108,7 @@ def loading(r: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"step": step, "compare": compare, "scaling": scaling, "loading": loading}
+TABLES = {"step": step, "compare": compare, "scaling": scaling, "loading": loading, "all": gpu_table.tables}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@ and compared with a large matrix product on the same machine.
 
 import argparse
 import bisect
+import copy
 import itertools
 import statistics
 import sys
@@ -22,8 +23,8 @@ from common import Split, flops, machine, matmul_peak, peak_memory, random_image
 
 import config
 import networks
-from sampling import drawing
-from training import trainer
+from sampling import drawing, plan
+from training import diagnose, trainer
 
 SECTIONS = ("data", "student forward", "target forward", "backward", "optimizer", "EMA", "logging", "rest")
 NOT_THE_MODEL = ("data", "optimizer", "EMA", "logging")
@@ -63,9 +64,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         cfg = config.load(args.cfg, [*args.overrides, *quiet, f"run.dir={folder}/run", "train.init_from=null"])
         if args.random:
             trainer.data.load = lambda _: random_images(args.random)
+            if getattr(cfg.objective, "teacher", None):  # of fresh weights, which are as much work
+                cfg.objective.teacher = None
+                trainer.load_teacher = lambda _, model: copy.deepcopy(model).eval().requires_grad_(False)
         run = trainer.Trainer(cfg)
         step = run.train_step
         step.step = step.logged = args.at_step if args.stage is None else first_of(args.stage, step.objective)
+        if cfg.train.microbatch == "auto" and run.device.type == "cuda":  # the loop asks at the first step alone
+            diagnose.find_microbatch(step, run.dataset.read)
         cfg.train.steps = max(cfg.train.steps, step.step + args.warmup + args.steps)
         cfg.train.save_every, cfg.train.log_every = cfg.train.steps, min(cfg.train.log_every, args.steps)
         sections, operations = timed_loop(run, args.steps, args.warmup)
@@ -129,7 +135,7 @@ def timed_loop(run: trainer.Trainer, steps: int, warmup: int) -> tuple[dict[str,
 
     sections: dict[str, float] = {}
     run.save = lambda: sections.update(split.totals())
-    run.folder.next_command = lambda step: "measured"
+    run.folder.next_command = lambda *_: "measured"
     for module in [step.model, *step.objective.modules()]:
         if isinstance(module, networks.Preconditioner):
             split.wrap(module, "raw", lambda: "student forward" if torch.is_grad_enabled() else "target forward")
@@ -157,10 +163,11 @@ def sample(step: Any, autocast: torch.dtype | None, peak: float) -> dict[str, An
     model, count = step.emas[0].module, step.local_batch
     given = torch.zeros(count, dtype=torch.int64) if step.model.label_dim else None
     model.autocast = autocast
+    highest, solver = [plan.highest_level(step.cfg)], "multistep" if plan.clock(step.cfg) == "sigma" else "jumps"
 
     def draw(count: int = count) -> None:
         own = None if given is None else given[:count]
-        list(drawing.generate(model, 0, range(count), [step.cfg.network.sigma_max], given=own, batch_size=count))
+        list(drawing.generate(model, 0, range(count), highest, solver, given=own, batch_size=count))
 
     operations = flops(lambda: draw(1))
     took = statistics.median(seconds(draw, step.device) for _ in range(3))

@@ -1228,7 +1228,7 @@ MUTANTS = [
     ),
     Mutant(
         "rows-of-other-data-count", "benchmarks/versus.py",
-        '{"cfg": "config.yml", "batch": 64, **row}.items()', "{**row, **wanted}.items()",
+        '{"cfg": DIGITS, "batch": 64, **row}.items()', "{**row, **wanted}.items()",
         "a figure of another dataset stands in the table", "versus:table",
     ),
     # benchmarks/gpu.sh

@@ -1,12 +1,7 @@
 """The fast path computes what the plain one does: precision, compiler, checkpointing, microbatches, no waiting."""
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -282,50 +277,3 @@ def test_another_stage_is_counted_anew_but_not_all_the_time(tmp_path):
     assert run.speed.bound(batch, 0) == first and len(counted) == 1
     run.speed.bound(batch, 1)
     assert len(counted) == 2
-
-
-ROOT = Path(__file__).parent.parent
-TINIER = "network.model_channels=4 network.channel_mult=[1] network.num_blocks=1 network.attn_resolutions=[]"
-THEIRS = {  # what benchmarks/original.py calls of the original ECT code
-    "networks": """
-import torch
-
-class ECMPrecond(torch.nn.Module):
-    def __init__(self, img_resolution, img_channels, model_type, sigma_data, model_channels, dropout, **settings):
-        super().__init__()
-        self.layer = torch.nn.Conv2d(img_channels, img_channels, 1)
-
-    def forward(self, x):
-        return self.layer(x)
-""",
-    "loss": """
-import torch
-
-class ECMLoss:
-    def update_schedule(self, stage):
-        self.stage = stage
-
-    def __call__(self, net, images):
-        torch.cuda.get_rng_state()
-        return (net(images) - images).square()
-""",
-}
-
-
-def test_the_pieces_of_the_gpu_script_run_here(tmp_path):
-    """On a CPU, with a tiny network; the GPU's tests are skipped."""
-    (tmp_path / "ect" / "training").mkdir(parents=True)
-    for name, code in {"__init__": "", **THEIRS}.items():
-        (tmp_path / "ect" / "training" / f"{name}.py").write_text(code)
-    env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "OUT": str(tmp_path)}
-    env |= {"TINY": f"{TINIER} train.batch_size=2", "PIXELS": "8", "STEPS": "1", "WARMUP": "1"}
-    env |= {"TESTS": "tests/test_speed.py", "ECT": str(tmp_path / "ect")}
-    for piece in "12":
-        command = ["bash", ROOT / "benchmarks" / "gpu.sh", piece]
-        done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    names = [f"step_gpu_{name}" for name in ("edm", "ect", "ect_stage15", "sct")] + ["original_gpu_stage15"]
-    rows = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in names}
-    for row in rows.values():
-        assert row["images_per_second"] > 0 and 0 < row["share_of_peak"] < 1 and row["peak_memory"] > 0
-    assert rows["step_gpu_ect_stage15"]["stage"] == rows["original_gpu_stage15"]["stage"] == 15
