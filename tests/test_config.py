@@ -187,9 +187,8 @@ def test_the_default_runs_lengths_are_those_it_was_measured_with():
     cfg = config.load(ROOT / "config.yml")
     steps, t = cfg.train.steps, cfg.train
     lengths = [config.in_steps(length, steps) for length in (t.lr_warmup, t.save_every, t.log_every, cfg.sample.every)]
-    assert (steps, lengths) == (2800, [56, 700, 100, 700])
-    stage = config.in_steps(cfg.objective.stage, steps, whole=False)
-    assert all(k // stage == k // 562.5 for k in range(steps))  # 36 kimg of batches of 64
+    assert (steps, lengths) == (3100, [62, 775, 100, 775])
+    assert config.in_steps(cfg.objective.flow, steps) == 1240
 
 
 def test_a_typo_is_one_line_exit_code_2_and_quick(tmp_path):
