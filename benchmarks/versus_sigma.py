@@ -8,11 +8,10 @@ import math
 import textwrap
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from versus_sides import Method, imported, network, on_cpu
+from versus_sides import Case, Method, imported, network, on_cpu
 from versus_sides import ours as side
 
 import networks
@@ -31,23 +30,23 @@ def one_step(model: torch.nn.Module, z: torch.Tensor) -> torch.Tensor:
     return model(SIGMA_MAX * z, torch.full((len(z),), SIGMA_MAX))
 
 
-def ours(objective: torch.nn.Module, model: networks.Preconditioner, steps: int) -> Method:
+def ours(objective: torch.nn.Module, model: networks.Preconditioner) -> Method:
     return side(objective, model, one_step)
 
 
 # OpenAI's CT ----------------------------------------------------------------------------------------------------------
 
 
-def openai_ct(folder: Path, steps: int) -> Method:
-    with imported(folder / "openai", "piq", "cm.dist_util", "blobfile", LPIPS=None):
+def openai_ct(case: Case) -> Method:
+    with imported(case.folder / "openai", "piq", "cm.dist_util", "blobfile", LPIPS=None):
         diffusion = importlib.import_module("cm.karras_diffusion")
         script = importlib.import_module("cm.script_util")
         update_ema = importlib.import_module("cm.nn").update_ema
     karras = diffusion.KarrasDenoiser(
         sigma_data=SIGMA_DATA, weight_schedule="uniform", distillation=True, loss_norm="l2"
     )
-    schedule = script.create_ema_and_scales_fn("adaptive", MU0, "progressive", S0, S1, steps, 0)
-    net = network(precond="cm", c_noise="log250").model
+    schedule = script.create_ema_and_scales_fn("adaptive", MU0, "progressive", S0, S1, case.steps, 0)
+    net = network(case, precond="cm", c_noise="log250").model
     target = copy.deepcopy(net).requires_grad_(False)
 
     def loss(x: torch.Tensor, step: int) -> torch.Tensor:
@@ -64,10 +63,10 @@ def openai_ct(folder: Path, steps: int) -> Method:
     return Method(net, loss, sample, after)
 
 
-def our_ct(c_noise: str) -> Callable[[Path, int], Method]:
-    def build(folder: Path, steps: int) -> Method:
-        model = network(precond="cm", c_noise=c_noise)
-        return ours(objectives.ConsistencyTraining(model, steps, losses.build("l2"), S0, S1, MU0), model, steps)
+def our_ct(c_noise: str) -> Callable[[Case], Method]:
+    def build(case: Case) -> Method:
+        model = network(case, precond="cm", c_noise=c_noise)
+        return ours(objectives.ConsistencyTraining(model, case.steps, losses.build("l2"), S0, S1, MU0), model)
 
     return build
 
@@ -87,12 +86,12 @@ class OnSigma(torch.nn.Module):
         return self.net(c_in * x, sigma.log() / 4)
 
 
-def kinyugo(name: str, scaled: bool = False) -> Callable[[Path, int], Method]:
-    def build(folder: Path, steps: int) -> Method:
-        with imported(folder / "kinyugo"):
+def kinyugo(name: str, scaled: bool = False) -> Callable[[Case], Method]:
+    def build(case: Case) -> Method:
+        with imported(case.folder / "kinyugo"):
             code = importlib.import_module("consistency_models.consistency_models")
             update = importlib.import_module("consistency_models.utils").update_ema_model_
-        net = OnSigma(network().model, scaled)
+        net = OnSigma(network(case).model, scaled)
         target = copy.deepcopy(net).requires_grad_(False)
         if name == "ct":
             train, counts = code.ConsistencyTraining(initial_timesteps=S0, final_timesteps=S1), [S0]
@@ -100,12 +99,12 @@ def kinyugo(name: str, scaled: bool = False) -> Callable[[Path, int], Method]:
             train = code.ImprovedConsistencyTraining(initial_timesteps=ICT[0], final_timesteps=ICT[1])
 
         def ct_loss(x: torch.Tensor, step: int) -> torch.Tensor:
-            out = train(net, target, x, step, steps)
+            out = train(net, target, x, step, case.steps)
             counts[0] = out.num_timesteps
             return torch.nn.functional.mse_loss(out.predicted, out.target)
 
         def ict_loss(x: torch.Tensor, step: int) -> torch.Tensor:
-            out = train(net, x, step, steps)
+            out = train(net, x, step, case.steps)
             return (code.pseudo_huber_loss(out.predicted, out.target) * out.loss_weights).mean()
 
         def after(step: int) -> None:
@@ -122,21 +121,21 @@ def kinyugo(name: str, scaled: bool = False) -> Callable[[Path, int], Method]:
     return build
 
 
-def our_ict(folder: Path, steps: int) -> Method:
-    model = network(precond="cm")
-    return ours(objectives.ImprovedConsistencyTraining(steps, losses.build("pseudo_huber"), *ICT), model, steps)
+def our_ict(case: Case) -> Method:
+    model = network(case, precond="cm")
+    return ours(objectives.ImprovedConsistencyTraining(case.steps, losses.build("pseudo_huber"), *ICT), model)
 
 
 # ECT ------------------------------------------------------------------------------------------------------------------
 
 
-def original_ect(folder: Path, steps: int) -> Method:
-    with imported(folder / "ect"):
-        code = importlib.import_module("training.loss")
-    train, net = code.ECMLoss(), network()
+def original_ect(case: Case) -> Method:
+    with imported(case.folder / "ect"):
+        train = importlib.import_module("training.loss").ECMLoss()
+    net = network(case)
 
     def loss(x: torch.Tensor, step: int) -> torch.Tensor:
-        train.update_schedule(step * STAGES // steps)
+        train.update_schedule(step * STAGES // case.steps)
         with on_cpu():
             return train(lambda x, t, labels, augment_labels: net(x, t.flatten()), x).mean()
 
@@ -146,9 +145,9 @@ def original_ect(folder: Path, steps: int) -> Method:
     return Method(net, loss, sample)
 
 
-def our_ect(folder: Path, steps: int) -> Method:
-    model = network()
-    return ours(objectives.EasyConsistencyTuning(steps / STAGES, 2.0, "sigmoid", -1.1, 2.0, 0.0), model, steps)
+def our_ect(case: Case) -> Method:
+    model = network(case)
+    return ours(objectives.EasyConsistencyTuning(case.steps / STAGES, 2.0, "sigmoid", -1.1, 2.0, 0.0), model)
 
 
 # sCM-mnist ------------------------------------------------------------------------------------------------------------
@@ -171,15 +170,15 @@ class TrigFlow(torch.nn.Module):
         return F, self.logvar_linear(torch.cat([angles.cos(), angles.sin()], 1))
 
 
-def scm_mnist(folder: Path, steps: int) -> Method:
+def scm_mnist(case: Case) -> Method:
     """The lines of its training loop from the draw of sigma to the loss, run as they stand in the checkout."""
-    text = (folder / "scm-mnist" / "train_consistency.py").read_text()
+    text = (case.folder / "scm-mnist" / "train_consistency.py").read_text()
     start, stop = (
         text.index("            # Sample noise from log-normal"),
         text.index("            optimizer.zero_grad()"),
     )
     lines = compile(textwrap.dedent(text[start:stop]), "train_consistency.py", "exec")
-    net = TrigFlow(network(precond="trigflow").model)
+    net = TrigFlow(network(case, precond="trigflow").model)
 
     def loss(x: torch.Tensor, step: int) -> torch.Tensor:
         scope = {
@@ -191,7 +190,7 @@ def scm_mnist(folder: Path, steps: int) -> Method:
             "P_mean": -2,
             "P_std": 1.6,
             "consistency_training": True,
-            "step": step * 1000 / steps,  # its warm-up is 1,000 steps; here, as for ours, the whole run
+            "step": step * 1000 / case.steps,  # its warm-up is 1,000 steps; here, as for ours, the whole run
         }
         exec(lines, scope)
         return scope["loss"]
@@ -202,9 +201,9 @@ def scm_mnist(folder: Path, steps: int) -> Method:
     return Method(net, loss, sample)
 
 
-def our_sct(folder: Path, steps: int) -> Method:
-    model = network(precond="trigflow")
-    return ours(objectives.ContinuousConsistency(SIGMA_DATA, warmup=steps), model, steps)
+def our_sct(case: Case) -> Method:
+    model = network(case, precond="trigflow")
+    return ours(objectives.ContinuousConsistency(SIGMA_DATA, warmup=case.steps), model)
 
 
 PAIRS = {

@@ -605,7 +605,7 @@ MUTANTS = [
     ),
     Mutant(
         "meanflow-labels-dropped-in-one-pass", "objectives/meanflow.py",
-        "of_rows({**conditions, **told}, first)", "of_rows({**labelled, **told}, first)",
+        "of_rows({**conditions, **told}, rows)", "of_rows({**labelled, **told}, rows)",
         "du/dt at the label, u at the null label", "flow_guidance:meanflow or drops",
     ),
     Mutant(
@@ -630,7 +630,7 @@ MUTANTS = [
     ),
     Mutant(
         "imf-derivative-with-gradient", "objectives/imf.py",
-        "_, dudt[first:] = along_map(model, *rows, **of_rows(conditions, first))",
+        "_, dudt[first:] = along_map(model, *rows, **of_rows(conditions, slice(first, None)))",
         "with torch.enable_grad(): dudt = dudt + torch.func.jvp(\n"
         "                        lambda *at: model(*at, **conditions), tuple(rows[:3]), tuple(rows[3:]))[1]",
         "du/dt is not detached", "flow_maps:imf",
@@ -667,7 +667,7 @@ MUTANTS = [
     ),
     Mutant(
         "soflow-labels-dropped-in-one-pass", "objectives/soflow.py",
-        "self.rho(step), dropout, of_rows(conditions, first)", "self.rho(step), dropout, of_rows(labelled, first)",
+        "of_rows(conditions, slice(first, None))", "of_rows(labelled, slice(first, None))",
         "u_t at the null label, u_l at the label", "flow_guidance:soflow",
     ),
     Mutant(

@@ -258,7 +258,7 @@ def test_values_are_read_as_meant(override, expected, tmp_path):
         ("data.conditional=y", "input should be a valid boolean, true or false, found 'y'"),
         ("data.flip=None", "input should be a valid boolean, true or false, found 'None'"),
         ("train.lr=None", "input should be a valid number, found 'None'"),
-        ("train.optimizer=AdamWW", "'AdamWW' is not one of 'radam', 'adam' or 'adamw'; did you mean adamw?"),
+        ("train.optimizer=AdamWW", "'AdamWW' is not one of 'radam', 'adam', 'adamw' or 'muon'; did you mean adamw?"),
         ("objective.name=EDN", "there is no 'EDN'; did you mean"),
     ],
 )

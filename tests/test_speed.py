@@ -156,7 +156,8 @@ def test_a_step_reads_no_tensor(name, teacher, tmp_path):
     run.train_step(images, None)  # tables that are made once may be read
     with Reads() as seen:
         run.train_step(images, None)
-    assert not seen.found
+    on_a_cpu = {"aten.nonzero.default"} if name == "meanflow" else set()  # which rows need du/dt; a GPU takes all
+    assert set(seen.found) <= on_a_cpu
 
 
 @pytest.mark.gpu
@@ -235,9 +236,10 @@ def test_operations_are_counted_as_torch_counts_them_and_grow_with_the_rows(teac
         x, conditions, draws = step.prepare(batch[0][:rows], None, 0)
         with FlopCounterMode(display=False) as counter:
             step.objective(step.model, x, step=0, draws=draws, **conditions).loss.mean().backward()
-        assert counter.get_total_flops() == counted * rows, name
+        drawn = 0.1 if name == "meanflow" else 0  # how many rows have r = t, which need no derivative
+        assert counter.get_total_flops() == pytest.approx(counted * rows, rel=drawn), name
         step.group_size = 16
-        assert run.speed.flops_per_image(*batch) == pytest.approx(counted, rel=0.05), name
+        assert run.speed.flops_per_image(*batch) == pytest.approx(counted, rel=max(0.05, drawn)), name
 
 
 def test_forward_mode_and_half_precision_are_counted(tmp_path):
