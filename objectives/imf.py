@@ -60,6 +60,7 @@ class ImprovedMeanFlow(torch.nn.Module):
             told = self.draw_guidance(draws, t, r)
             conditions = {**without(labelled, dropped), **told}
         first = first if passes_alone(model, conditions) else 0
+        rest = slice(first, None)  # the rows where r may differ from t
 
         dropout = rng_state(x.device)
         two = hasattr(model, "both") and getattr(model, "heads", 2) == 2
@@ -70,13 +71,11 @@ class ImprovedMeanFlow(torch.nn.Module):
                 v, tangent = self.guided(model, z, v, t, dropped, labelled, told, dropout)
             elif first < len(x):
                 tangent = torch.zeros_like(v)
-                tangent[first:] = predicted(
-                    dropout, model, z[first:], t[first:], of_rows(conditions, slice(first, None))
-                )
+                tangent[rest] = predicted(dropout, model, z[rest], t[rest], of_rows(conditions, rest))
             if first < len(x):  # where r = t, du/dt is multiplied by 0
-                rows = [values[first:] for values in (z, t, r, tangent, torch.ones_like(t), torch.zeros_like(r))]
+                along = [values[rest] for values in (z, t, r, tangent, torch.ones_like(t), torch.zeros_like(r))]
                 with replayed(dropout, x.device):
-                    _, dudt[first:] = along_map(model, *rows, **of_rows(conditions, slice(first, None)))
+                    _, dudt[rest] = along_map(model, *along, **of_rows(conditions, rest))
         square = (u + append_dims(t - r, x) * dudt - v).square().reshape(len(x), -1)
         loss = adaptive(square.sum(1), self.p, self.eps)
         log = {"square_u": square.mean(), **by_time(square.mean(1), t)}

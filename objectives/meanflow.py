@@ -12,15 +12,17 @@ from objectives.flow import ask, logit_normal, of_rows, on_path, velocity, witho
 from objectives.losses import adaptive
 from objectives.schedules import time_pair
 
+GAP = 0.01  # of t, over which a difference of outputs stands for du/dt, as in 2509.04394
+
 
 class MeanFlow(torch.nn.Module):
     """loss = l / sg(l + eps)^p, l = |u(z, t, r) - sg(v - (t - r) du/dt)|^2, the sum over a sample's elements.
 
-    du/dt is the derivative of u along (v, 1, 0) in (z, t, r), by forward mode. v is noise - x; with a teacher its
-    velocity at z (the distillation of 2507.03738's code). Guided, v becomes w v + (1 - w - kappa) u(z, t, t | null) +
-    kappa u(z, t, t | label) inside an interval of t, as target and as direction (sec. 4.2, app. B.3), and labels are
-    dropped here: the sampled model is guided already, in one evaluation. Of a pair [w_min, w_max] as guidance, each
-    sample's w is drawn from U[w_min, w_max] and told to the network, so that sampling can choose it.
+    du/dt is the derivative of u along (v, 1, 0) in (z, t, r), by forward mode or as a difference. v is noise - x; with
+    a teacher its velocity at z (the distillation of 2507.03738's code). Guided, v becomes w v + (1 - w - kappa) u(z, t,
+    t | null) + kappa u(z, t, t | label) inside an interval of t, as target and as direction (sec. 4.2, app. B.3), and
+    labels are dropped here: the sampled model is guided already, in one evaluation. Of a pair [w_min, w_max] as
+    guidance, each sample's w is drawn from U[w_min, w_max] and told to the network, so that sampling can choose it.
     """
 
     rows_differ = True  # the first rows of a batch may need fewer passes
@@ -33,6 +35,7 @@ class MeanFlow(torch.nn.Module):
         P_mean_r: float = -4.0,  # and the same of r
         P_std_r: float = 1.6,
         ratio: float = 0.75,  # probability that r differs from t
+        derivative: str = "forward_mode",  # du/dt, exact; or difference, of u at times at most GAP apart, in one pass
         p: float = 0.75,  # power of the adaptive weight
         eps: float = 1e-3,
         guidance: float | Sequence[float] | None = None,  # w, or a pair, then kappa is 0; None: not guided
@@ -46,8 +49,12 @@ class MeanFlow(torch.nn.Module):
         self.sampler, self.ratio, self.p, self.eps = sampler, ratio, p, eps
         self.P_mean_t, self.P_std_t, self.P_mean_r, self.P_std_r = P_mean_t, P_std_t, P_mean_r, P_std_r
         self.guidance, self.kappa, self.interval, self.label_dropout = guidance, kappa, interval, label_dropout
-        self.flow = flow
+        self.flow, self.derivative = flow, derivative
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
+
+    def in_half(self, step: int, model: Model) -> bool:
+        """Whether half precision holds: not for a difference of outputs so near each other."""
+        return self.derivative == "forward_mode" or step < self.flow
 
     def draw_times(self, draws: Draws, dtype: torch.dtype, step: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
         """(t, r, n): times (B,) of which the first n are known to be equal.
@@ -93,16 +100,28 @@ class MeanFlow(torch.nn.Module):
                 v = self.guided(model, z, v, t, dropped, labelled, told, dropout)
             dudt = torch.zeros_like(v)
             if front < len(x):
-                rows = unequal(r < t, front) if passes_alone(model, conditions) else slice(None)
-                along = [values[rows] for values in (z, t, r, v, torch.ones_like(t), torch.zeros_like(r))]
+                rows = rows_to_derive(model, r < t, front) if passes_alone(model, conditions) else slice(None)
+                here = [values[rows] for values in (z, t, r, v, u)]
                 with replayed(dropout, x.device):
-                    _, dudt[rows] = along_map(model, *along, **of_rows({**conditions, **told}, rows))
+                    dudt[rows] = self.along_path(model, *here, **of_rows({**conditions, **told}, rows))
             target = v - append_dims(t - r, x) * dudt
         square = (u - target).square().reshape(len(x), -1)
         mean = square.mean(1)
         different = (r < t).sum(), torch.ones_like(t).sum()
-        log = {"square": mean.mean(), "different": different, **by_time(mean, t)}
+        phase = {"stage": int(step >= self.flow)} if self.flow else {}
+        log = {"square": mean.mean(), "different": different, **phase, **by_time(mean, t)}
         return Output(adaptive(square.sum(1), self.p, self.eps), log)
+
+    def along_path(
+        self, model: Model, z: torch.Tensor, t: torch.Tensor, r: torch.Tensor, v: torch.Tensor, u: torch.Tensor,
+        **conditions: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """du/dt (B, ...) at z (B, ...) and t, r (B,), along (v, 1, 0); u is the model's output there."""
+        if self.derivative == "forward_mode":
+            return along_map(model, z, t, r, v, torch.ones_like(t), torch.zeros_like(r), **conditions)[1]
+        s = torch.maximum(t - GAP, r)
+        before = model(z - append_dims(t - s, z) * v, s, r, **conditions)
+        return (u - before) / append_dims((t - s).clamp(min=1e-6), z)
 
     def guided(
         self, model: Model, z: torch.Tensor, v: torch.Tensor, t: torch.Tensor, dropped: torch.Tensor,
@@ -128,7 +147,10 @@ class MeanFlow(torch.nn.Module):
         return torch.where(here, mixed, v)
 
 
-def unequal(earlier: torch.Tensor, front: int) -> slice | torch.Tensor:
-    """The rows that need du/dt, which is multiplied by t - r: those where `earlier`, r < t (B,), of which the first
-    `front` have none. A GPU would have to wait for how many they are, and takes all behind the front."""
-    return earlier.nonzero()[:, 0] if earlier.device.type == "cpu" else slice(front, None)
+def rows_to_derive(model: Model, earlier: torch.Tensor, front: int) -> slice | torch.Tensor:
+    """The rows that need du/dt, which is multiplied by t - r: those where `earlier`, r < t (B,); the first `front` are
+    not. How many they are, another number in every step, a GPU would have to wait for and compiled code be made for:
+    these take all behind the front."""
+    if earlier.device.type == "cpu" and getattr(model, "compiled_jvp", None) is None:
+        return earlier.nonzero()[:, 0]
+    return slice(front, None)

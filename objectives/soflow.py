@@ -100,19 +100,17 @@ class SoFlow(torch.nn.Module):
         if self.guidance is not None:
             dropped = draws.uniform((len(x),)) < self.label_dropout
             conditions = without(labelled, dropped)
-        first = first if passes_alone(model, conditions) else 0
+        rest = slice(first if passes_alone(model, conditions) else 0, None)  # the rows where r may differ from t
 
         dropout = rng_state(x.device)
         u = model(z, t, r, **conditions)
         with torch.no_grad():
             if self.guidance is not None:
-                v = self.guided(model, z, v, t, u.detach(), dropped, labelled, dropout, first)
+                v = self.guided(model, z, v, t, u.detach(), dropped, labelled, dropout, rest)
             q = v - u
-            if first < len(x):
-                rows = [values[first:] for values in (z, v, t, r, u)]
-                q[first:] = self.quotient(
-                    model, *rows, self.rho(step), dropout, of_rows(conditions, slice(first, None))
-                )
+            if rest.start < len(x):
+                there = [values[rest] for values in (z, v, t, r, u)]
+                q[rest] = self.quotient(model, *there, self.rho(step), dropout, of_rows(conditions, rest))
         alike = r >= t
         square = torch.where(append_dims(alike, x).bool(), u - v, q).square().reshape(len(x), -1).mean(1)
         consistency = -(u * q).reshape(len(x), -1).mean(1) * (square.detach() + self.eps) ** -self.p
@@ -147,17 +145,15 @@ class SoFlow(torch.nn.Module):
 
     def guided(
         self, model: Model, z: torch.Tensor, v: torch.Tensor, t: torch.Tensor, u: torch.Tensor, dropped: torch.Tensor,
-        labelled: dict[str, torch.Tensor | None], dropout: tuple[torch.Tensor, torch.Tensor | None], first: int,
+        labelled: dict[str, torch.Tensor | None], dropout: tuple[torch.Tensor, torch.Tensor | None], rest: slice,
     ) -> torch.Tensor:  # fmt: skip
-        """v (B, ...) guided where the label is kept; u (B, ...) is u(z, t, t) in the rows before `first`."""
+        """v (B, ...) guided where the label is kept; u (B, ...) is u(z, t, t) in the rows before those of `rest`."""
         null = ask(dropout, model, z, t, t, **without(labelled))
         strength = append_dims(soflow_guidance(t, self.fade) * (self.guidance - 1), z)
         mixed = v + strength * (v - null)
         if self.mix != 1:
             own = u.clone()
-            if first < len(z):
-                own[first:] = ask(
-                    dropout, model, z[first:], t[first:], t[first:], **of_rows(labelled, slice(first, None))
-                )
+            if rest.start < len(z):
+                own[rest] = ask(dropout, model, z[rest], t[rest], t[rest], **of_rows(labelled, rest))
             mixed = self.mix * mixed + (1 - self.mix) * own
         return torch.where(append_dims(dropped, z).bool(), v, mixed)

@@ -563,7 +563,7 @@ MUTANTS = [
     ),
     Mutant(
         "muon-without-nesterov", "training/muon.py",
-        "slope.lerp(momentum, MOMENTUM)", "momentum.clone()",
+        "torch.lerp(slope, momentum, MOMENTUM, out=self.slope)", "self.slope.copy_(momentum)",
         "the momentum itself is made orthogonal", "muon",
     ),
     Mutant(
@@ -590,8 +590,33 @@ MUTANTS = [
     ),
     Mutant(
         "meanflow-r-moves", "objectives/meanflow.py",
-        "torch.ones_like(t), torch.zeros_like(r))", "torch.ones_like(t), torch.ones_like(r))",
+        "torch.ones_like(t), torch.zeros_like(r), **", "torch.ones_like(t), torch.ones_like(r), **",
         "du/dt along (v, 1, 1)", "flow_maps:meanflow",
+    ),
+    Mutant(
+        "meanflow-difference-at-one-time", "objectives/meanflow.py",
+        "append_dims(t - s, z) * v, s, r,", "append_dims(t - s, z) * v, t, r,",
+        "the difference along (v, 0, 0)", "flow_maps:difference",
+    ),
+    Mutant(
+        "meanflow-difference-past-r", "objectives/meanflow.py",
+        "torch.maximum(t - GAP, r)", "t - GAP",
+        "the earlier time is before r", "flow_maps:difference",
+    ),
+    Mutant(
+        "meanflow-difference-in-half-precision", "objectives/meanflow.py",
+        'return self.derivative == "forward_mode" or step < self.flow', "return True",
+        "bf16 rounds the difference", "precision:difference",
+    ),
+    Mutant(
+        "meanflow-phases-not-told-apart", "objectives/meanflow.py",
+        "int(step >= self.flow)", "0",
+        "MFU against the operations of the first phase", "speed:second_phase",
+    ),
+    Mutant(
+        "meanflow-rows-picked-where-compiled", "objectives/meanflow.py",
+        ' and getattr(model, "compiled_jvp", None) is None', "",
+        "a compilation for every number of rows", "speed:compiles_once",
     ),
     Mutant(
         "adaptive-weight-with-gradient", "objectives/losses.py",
@@ -630,9 +655,9 @@ MUTANTS = [
     ),
     Mutant(
         "imf-derivative-with-gradient", "objectives/imf.py",
-        "_, dudt[first:] = along_map(model, *rows, **of_rows(conditions, slice(first, None)))",
+        "_, dudt[rest] = along_map(model, *along, **of_rows(conditions, rest))",
         "with torch.enable_grad(): dudt = dudt + torch.func.jvp(\n"
-        "                        lambda *at: model(*at, **conditions), tuple(rows[:3]), tuple(rows[3:]))[1]",
+        "                        lambda *at: model(*at, **conditions), tuple(along[:3]), tuple(along[3:]))[1]",
         "du/dt is not detached", "flow_maps:imf",
     ),
     Mutant(
@@ -667,7 +692,7 @@ MUTANTS = [
     ),
     Mutant(
         "soflow-labels-dropped-in-one-pass", "objectives/soflow.py",
-        "of_rows(conditions, slice(first, None))", "of_rows(labelled, slice(first, None))",
+        "dropout, of_rows(conditions, rest)", "dropout, of_rows(labelled, rest)",
         "u_t at the null label, u_l at the label", "flow_guidance:soflow",
     ),
     Mutant(

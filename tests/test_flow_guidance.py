@@ -141,7 +141,10 @@ TIMES = {"P_mean_t": 0.5, "P_std_t": 0.7, "P_mean_r": -1.0, "P_std_r": 0.7, "p":
 GUIDED = {"guidance": 3.0, "label_dropout": 0.9}
 CHANGES = {  # another value of every option
     "flow": {"P_mean": 0.5, "P_std": 0.7},
-    "meanflow": {**TIMES, **GUIDED, "sampler": "v0", "ratio": 0.2, "flow": 3, "kappa": 0.5, "interval": [0.4, 0.6]},
+    "meanflow": {
+        **TIMES, **GUIDED, "sampler": "v0", "ratio": 0.2, "flow": 3, "derivative": "difference", "kappa": 0.5,
+        "interval": [0.4, 0.6],
+    },
     "soflow": {
         **TIMES, **GUIDED, "rho": [0.5, 0.1], "schedule": "linear", "difference": "forward_mode", "velocity_share": 0.5,
         "P_mean_v": 0.5, "P_std_v": 0.7, "mix": 0.7, "fade": 0.2,

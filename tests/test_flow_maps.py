@@ -9,7 +9,7 @@ from conftest import Analytic, Map, golden, relative_error, trained, trained_on_
 
 import config
 from networks import Preconditioner
-from objectives import FlowMatching, ImprovedMeanFlow, MeanFlow, SoFlow
+from objectives import FlowMatching, ImprovedMeanFlow, MeanFlow, SoFlow, meanflow
 from objectives.common import along_map, append_dims
 from objectives.draws import Draws
 from objectives.flow import velocity
@@ -108,6 +108,31 @@ def test_first_steps_are_flow_matching():
     assert loss.isfinite().all()
     later = [o(model, x, step=5, draws=Draws(0, len(x))).loss for o in (first, after)]
     assert torch.equal(*later)
+
+
+def test_a_difference_stands_for_the_derivative(monkeypatch):
+    """objective.derivative: its loss and gradient are the exact ones' but for the gap, a tenth of which leaves a tenth;
+    u is asked for at the same r, on the way back along v, never before r."""
+    model, x, noise = Map(MEANFLOW["coef"]), MEANFLOW["x0"], MEANFLOW["noise"]
+    t = torch.linspace(0.1, 1, len(x), dtype=x.dtype)
+    r = torch.where(torch.arange(len(x)) % 2 == 0, t - 0.004, 0.3 * t)
+    given = {"t": t, "r": r, "noise": noise}
+    exact, errors = trained(MeanFlow(), model, x, **given), []
+    for gap in (0.01, 0.001):
+        monkeypatch.setattr(meanflow, "GAP", gap)
+        found = trained(MeanFlow(derivative="difference"), model, x, **given)
+        errors.append([relative_error(*pair) for pair in zip(found, exact, strict=True)])
+    assert all(1e-6 < error < 0.03 for error in errors[0])
+    assert all(5 < a / b < 20 for a, b in zip(*errors, strict=True))
+
+    monkeypatch.setattr(meanflow, "GAP", 0.01)
+    calls = []
+    model.register_forward_pre_hook(lambda module, args: calls.append(args))
+    MeanFlow(derivative="difference")(model, x, **given)
+    (z, *first), (before, *second) = calls
+    assert torch.equal(first[1], second[1]) and torch.equal(second[0], torch.maximum(t - 0.01, r))
+    back = append_dims(t - second[0], x) * (noise - x)
+    assert relative_error(before, z - back) < 1e-12
 
 
 def test_where_two_samplers_differ():

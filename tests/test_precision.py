@@ -11,7 +11,7 @@ import torch
 from conftest import EVERY, TAUGHT, as_ect, tiny
 
 import data
-from objectives import draws
+from objectives import MeanFlow, draws
 from objectives.common import forward_mode
 from objectives.schedules import ect_pair
 from training import build, trainer
@@ -42,11 +42,11 @@ def starts(tmp_path_factory):
     return paths
 
 
-def rows(starts, name, precisions=("auto",), network=None, train=None):
+def rows(starts, name, precisions=("auto",), network=None, train=None, **more):
     """The rows of benchmarks/precision.py at the last stage."""
     start = starts["trigflow" if name in ("trigflow", "sct", "scd") else "edm"]
     taught = {"teacher": starts["ect"] if name == "tcm" else start} if name in TAUGHT else {}
-    given = settings(name, **LAST.get(name, EVERY[name]), **taught)
+    given = settings(name, **LAST.get(name, EVERY[name]), **taught, **more)
     given["network"].update(network or {})
     cfg = tiny(Path("unused"), **given, train={"steps": 16, **(train or {})})
     cfg.train.init_from = start
@@ -59,6 +59,29 @@ def test_auto_is_float64_at_the_last_stage(starts, name):
     assert len(found) == (2 if name == "tcm" else 1)
     for row in found:
         assert row["cosine"] >= 0.99 and abs(row["loss_ratio"] - 1) <= 0.02, row
+
+
+def test_a_difference_for_meanflows_derivative_is_float32s(starts):
+    """Of outputs 0.01 apart bf16 leaves little; forward mode it leaves whole."""
+    (row,) = rows(starts, "meanflow", derivative="difference")
+    assert row["cosine"] > 0.9999
+    run = trainer.Trainer(
+        tiny(Path("unused"), **settings("meanflow"), train={"init_from": starts["edm"], "precision": "bf16"})
+    )
+    model, x = run.train_step.model.eval(), data.to_float(run.dataset.images[:64])
+    t, r, v = torch.linspace(0.1, 1, 64), torch.zeros(64), torch.randn(x.shape)
+    slopes = {}
+    for derivative in ("forward_mode", "difference"):
+        for half in (True, False):
+            model.autocast = torch.bfloat16 if half else None
+            with torch.no_grad():
+                u = model(x, t, r)
+                slopes[derivative, half] = MeanFlow(derivative=derivative).along_path(model, x, t, r, v, u)
+    exact = slopes["forward_mode", False]
+    errors = {key: float((slope - exact).norm() / exact.norm()) for key, slope in slopes.items()}
+    assert (
+        errors["difference", False] < 0.05 and errors["forward_mode", True] < 0.05 and errors["difference", True] > 0.5
+    )
 
 
 @pytest.mark.parametrize("name", ["ect", "ict", "tcm", "soflow"])

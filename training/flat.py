@@ -23,10 +23,11 @@ class FlatParameters:
             value.copy_(p.data)
             p.data, p.grad = value, gradient
 
-    def views(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a vector in the parameters' shapes and layouts."""
-        pairs = zip(self.parameters, self.starts, strict=True)
-        return [vector.as_strided(p.shape, p.stride(), vector.storage_offset() + start) for p, start in pairs]
+    def views(self, vector: torch.Tensor, first: int = 0) -> list[torch.Tensor]:
+        """Views of a vector of the parameters from the `first` on, in their shapes and layouts."""
+        begin = vector.storage_offset() - self.starts[first]
+        pairs = zip(self.parameters[first:], self.starts[first:], strict=True)
+        return [vector.as_strided(p.shape, p.stride(), begin + start) for p, start in pairs]
 
     def split(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """A vector of the optimizer as one contiguous tensor a parameter."""

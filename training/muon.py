@@ -16,7 +16,7 @@ ITERATION = (3.4445, -4.7750, 2.0315)  # the quintic whose fixed interval holds 
 
 def is_matrix(p: Tensor) -> bool:
     """A convolution (out, in, k, k) is the matrix (out, in k k). Below eight rows or columns are images' own layers."""
-    return p.ndim > 1 and min(len(p), p[0].numel()) >= 8
+    return p.ndim > 1 and min(sides(p)) >= 8
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -42,24 +42,25 @@ class Muon(torch.optim.RAdam):
         """flat: parameters, those that are no matrices first (`matrices_last`)."""
         super().__init__([flat.vector], foreach=True, capturable=capturable, **options)
         self.flat = flat
-        self.matrices = [i for i, p in enumerate(flat.parameters) if is_matrix(p)]
-        self.rest = slice(0, flat.starts[self.matrices[0]] if self.matrices else flat.vector.numel())
+        first = sum(not is_matrix(p) for p in flat.parameters)
+        self.weights = [p.data for p in flat.parameters[first:]]
+        self.rest = slice(0, flat.starts[first] if self.weights else flat.vector.numel())
+        self.slope = torch.zeros_like(flat.gradient[self.rest.stop :])  # of all matrices, and the gaps between them
+        self.slopes = flat.views(self.slope, first) if self.weights else []
         sizes = defaultdict(list)  # powers of two that hold its sides: the matrices
-        for i in self.matrices:
-            p = flat.parameters[i]
-            low, high = sorted((len(p), p[0].numel()))
+        for i, p in enumerate(self.weights):
+            low, high = sorted(sides(p))
             sizes[1 << (low - 1).bit_length(), 1 << (high - 1).bit_length()].append(i)
-        self.stacks = [flat.gradient.new_zeros(len(indices), *size) for size, indices in sizes.items()]
-        rooms = {}  # of each matrix: its part of the stack, in the weight's shape
-        for stack, indices in zip(self.stacks, sizes.values(), strict=True):
+        self.stacks, rooms = [], {}  # rooms: of each matrix its part of a stack, in the weight's shape
+        for size, indices in sizes.items():
+            stack = self.slope.new_zeros(len(indices), *size)
+            scales = [0.2 * max(sides(self.weights[i])) ** 0.5 for i in indices]
+            self.stacks.append((stack, stack.new_tensor(scales)[:, None, None]))
             for padded, i in zip(stack, indices, strict=True):
-                p = flat.parameters[i]
-                rows, columns = len(p), p[0].numel()
+                rows, columns = sides(self.weights[i])
                 room = padded[:rows, :columns] if rows <= columns else padded[:columns, :rows].T
-                rooms[i] = room.unflatten(1, p.shape[1:])
-        self.rooms = [rooms[i] for i in self.matrices]
-        self.weights = [flat.parameters[i].data for i in self.matrices]
-        self.scales = [0.2 * max(len(p), p[0].numel()) ** 0.5 for p in map(flat.parameters.__getitem__, self.matrices)]
+                rooms[i] = room.unflatten(1, self.weights[i].shape[1:])
+        self.rooms = [rooms[i] for i in range(len(rooms))]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -75,20 +76,20 @@ class Muon(torch.optim.RAdam):
         (beta1, beta2), options = group["betas"], {k: group[k] for k in ("lr", "eps", "foreach", "capturable")}
         rest = [[v.data[self.rest]] for v in (vector, gradient, state["exp_avg"], state["exp_avg_sq"])]
         radam(*rest, [state["step"]], beta1=beta1, beta2=beta2, weight_decay=0.0, **options)
-        if not self.matrices:
+        if not self.weights:
             return
-        momentum = state["exp_avg"][self.rest.stop :]  # of all matrices, and the gaps between them
-        slope = gradient[self.rest.stop :]
+        momentum, slope = (v[self.rest.stop :] for v in (state["exp_avg"], gradient))
         momentum.lerp_(slope, 1 - MOMENTUM)
-        torch._foreach_copy_(self.rooms, self.views(slope.lerp(momentum, MOMENTUM)))
-        for stack in self.stacks:
-            torch.mul(orthogonal(stack), -group["lr"], out=stack)
-        torch._foreach_add_(self.weights, torch._foreach_mul(self.rooms, self.scales))
+        torch.lerp(slope, momentum, MOMENTUM, out=self.slope)
+        torch._foreach_copy_(self.rooms, self.slopes)
+        for stack, scales in self.stacks:
+            torch.mul(orthogonal(stack), -group["lr"] * scales, out=stack)
+        torch._foreach_add_(self.weights, self.rooms)
 
-    def views(self, vector: Tensor) -> list[Tensor]:
-        """The matrices in a vector of all of them, in their weights' shapes and layouts."""
-        places = [(self.flat.parameters[i], self.flat.starts[i] - self.rest.stop) for i in self.matrices]
-        return [vector.as_strided(p.shape, p.stride(), vector.storage_offset() + start) for p, start in places]
+
+def sides(matrix: Tensor) -> tuple[int, int]:
+    """(rows, columns) of a matrix, or of a convolution as `is_matrix` sees it."""
+    return len(matrix), matrix[0].numel()
 
 
 def matrices_last(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
