@@ -31,11 +31,12 @@ class Classifier(nn.Module):
     """uint8 images (B, channels, resolution, resolution) -> features (B, 64) and logits (B, classes), float32.
 
     Convolutions down to 4x4, a linear layer to 64 features (normalised, ReLU; the penultimate layer), then classes.
+    width: channels of the first convolution.
     """
 
-    def __init__(self, channels: int, resolution: int, classes: int) -> None:
+    def __init__(self, channels: int, resolution: int, classes: int, width: int = 32, features: int = FEATURES) -> None:
         super().__init__()
-        size, width = min(resolution, MAX_SIZE), 32
+        size = min(resolution, MAX_SIZE)
         stride = 2 if size > 16 else 1  # at 32x32 the first layer would cost more than all others
         layers = [conv(channels, width, stride)]
         size = -(-size // stride)
@@ -45,10 +46,10 @@ class Classifier(nn.Module):
             width, size = outputs, -(-size // 2)
             layers += [conv(width, width)] if width == 64 else []
         self.resolution = resolution
-        last = nn.Linear(width * size * size, FEATURES, bias=False)
-        norm = nn.BatchNorm1d(FEATURES, affine=False)  # fixes the features' scale, hence the distance's
+        last = nn.Linear(width * size * size, features, bias=False)
+        norm = nn.BatchNorm1d(features, affine=False)  # fixes the features' scale, hence the distance's
         self.body = nn.Sequential(*layers, nn.Flatten(), last, norm, nn.ReLU())
-        self.head = nn.Linear(FEATURES, classes)
+        self.head = nn.Linear(features, classes)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = images.float() / 127.5 - 1
@@ -112,7 +113,9 @@ def load_classifier(path: Path) -> Classifier:
     return classifier.eval()
 
 
-def train_classifier(dataset: ImageSet, device: torch.device, log: Log) -> tuple[Classifier, float]:
+def train_classifier(
+    dataset: ImageSet, device: torch.device, log: Log, seed: int = SEED, **shape: int
+) -> tuple[Classifier, float]:
     """Trains the classifier on nine tenths of the labelled training set; returns it and its accuracy on the rest.
 
     The number of images seen is bounded, so that a large set costs no more than CIFAR-10. The same CPU gives the same
@@ -120,15 +123,15 @@ def train_classifier(dataset: ImageSet, device: torch.device, log: Log) -> tuple
     """
     size, colours = len(dataset), dataset.channels
     labels = torch.as_tensor(dataset.labels, dtype=torch.int64).cpu()
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     held_out, rest = torch.randperm(size, generator=generator).split([size // 10, size - size // 10])
     batch = min(128, len(rest))
     steps = min(25 * len(rest), 100_000 * colours) // batch
     log(f"training the classifier that scores {dataset.name} ({steps * batch:,} images; once, then cached)")
     start = time.perf_counter()
     with torch.random.fork_rng([]):
-        torch.manual_seed(SEED)
-        classifier = Classifier(colours, dataset.resolution, dataset.num_classes).to(device)
+        torch.manual_seed(seed)
+        classifier = Classifier(colours, dataset.resolution, dataset.num_classes, **shape).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=4e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1)
     order = rest[:0]

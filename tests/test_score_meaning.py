@@ -6,6 +6,9 @@ Inception has seeded random weights: its published ones are not at hand offline.
 import hashlib
 import math
 import pickle
+import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +24,10 @@ from metrics import classifier, scores, weights
 from sampling.samples import ImageSamples, read_images
 from sources.codecs import to_float, to_uint8
 from sources.images import ImageSet
+from training import trainer
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import second_score
 
 DIGITS = torch.tensor(np.rint(load_digits().images * 255 / 16).astype(np.uint8))[:, None]
 
@@ -267,3 +274,15 @@ def test_pixels_are_rounded_as_edm_rounds_them():
     other = (to_uint8(x) != edm).float().mean()
     print(f"{other:.1e} of pixels differ by a level from EDM's (ties)")
     assert other < 2e-5 and (to_uint8(x).int() - edm.int()).abs().max() <= 1
+
+
+def test_a_second_classifier_judges_beside_the_runs_own(tmp_path, monkeypatch, capsys):
+    """benchmarks/second_score.py: its first column is the run's own score, its second another classifier's."""
+    settings = {"metrics": {"num": 500, "features": "classifier", "at_end": True}, "data": {"conditional": True}}
+    trainer.train(tiny(tmp_path / "run", objective={"name": "meanflow"}, **settings))
+    own = float(re.search(r"score at .*: fid ([\d.]+)", capsys.readouterr().out)[1])
+    monkeypatch.setattr(sys, "argv", ["second_score.py", str(tmp_path / "run"), "--seed", "0"])
+    assert second_score.main() == 0
+    one, two = re.findall(r"run  (\d) steps?  ([\d.]+)  ([\d.]+)\n", capsys.readouterr().out)
+    assert (one[0], two[0]) == ("1", "2") and float(one[1]) == pytest.approx(own, rel=1e-3)
+    assert float(one[2]) != pytest.approx(own, rel=1e-2)
