@@ -580,7 +580,7 @@ class MeanFlow(TwoTimes):
     ratio: float = Field(0.75, ge=0, le=1)
     """Probability that r differs from t; where r = t, plain flow matching is trained."""
     flow: Length = 0
-    """First steps, or their share of the run below 1, of flow matching alone (r = t), which cost half as much."""
+    """First steps, or their share of the run below 1, of flow matching alone (r = t), which cost less."""
     derivative: Literal["forward_mode", "difference"] = "forward_mode"
     """du/dt: forward_mode, exact, in any precision; difference, of two outputs at times 0.01 apart, which costs a third
     of that on a CPU and needs fp32 (auto takes it)."""

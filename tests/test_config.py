@@ -187,8 +187,8 @@ def test_the_default_runs_lengths_are_those_it_was_measured_with():
     cfg = config.load(ROOT / "config.yml")
     steps, t = cfg.train.steps, cfg.train
     lengths = [config.in_steps(length, steps) for length in (t.lr_warmup, t.save_every, t.log_every, cfg.sample.every)]
-    assert (steps, lengths) == (3100, [62, 775, 100, 775])
-    assert config.in_steps(cfg.objective.flow, steps) == 1240
+    assert (steps, lengths) == (2300, [46, 575, 100, 575])
+    assert config.in_steps(cfg.objective.flow, steps) == 690
 
 
 def test_a_typo_is_one_line_exit_code_2_and_quick(tmp_path):

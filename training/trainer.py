@@ -39,6 +39,7 @@ from training.reconstructions import Reconstructions
 from training.run_folder import RunFolder, other_data
 from training.speed import Speedometer, peak_memory
 from training.step import TrainingStep
+from training.threads import Threads
 
 
 def train(cfg: Config, resume: bool = False, on_other_data: bool = False) -> None:
@@ -92,6 +93,7 @@ class Trainer:
         objective = build_objective(cfg, model, load_teacher(cfg, model)).to(self.device)
         self.train_step = TrainingStep(cfg, codec, model, objective, precision)
         self.speed = Speedometer(self.train_step)
+        self.threads = Threads(self.device)
         sampled = [self.train_step.emas[0].module] if self.device.type == "cuda" else []
         used = torch.nn.ModuleList([objective, *sampled])
         compile_networks(cfg.train.compile, model, used, shown=self.rank == 0)
@@ -239,6 +241,7 @@ class Trainer:
         batches = data.batches(resident, *order, cfg.data.workers, self.rows)
         upcoming = self.read(batches)
         stop = any_rank(self.unread is not None)
+        self.choose_threads()
         while step.step < total and not stop:
             batch = upcoming
             step(*batch)
@@ -256,6 +259,7 @@ class Trainer:
                 self.folder.keep_snapshot(self.state())  # before the checkpoint: a run that goes on from it lacks none
             if last or step.step % in_steps(cfg.train.log_every, total) == 0:
                 self.write_log(batch)
+                self.choose_threads()
             saving = last or stop or step.step % in_steps(cfg.train.save_every, total) == 0
             if saving:
                 self.save()
@@ -284,6 +288,13 @@ class Trainer:
             if step.step == total and (began < total or not (self.folder.path / "README.md").exists()):
                 self.write_card(next_step)
             self.log.say(next_step)
+
+    def choose_threads(self) -> None:
+        """As many CPU threads as are fastest now; said where they change. Ranks have shared out the cores."""
+        if self.world == 1:
+            with self.log.untimed():
+                if said := self.threads.choose():
+                    self.log.say(said)
 
     def read(self, batches: Iterator[Any]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The next batch; None, and why in self.unread, where it cannot be had."""
