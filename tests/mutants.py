@@ -609,6 +609,16 @@ MUTANTS = [
         "bf16 rounds the difference", "precision:difference",
     ),
     Mutant(
+        "threads-change-for-nothing", "training/threads.py",
+        "times[best] * WORTH > times", "times[best] > times",
+        "a quiet machine's figures do not repeat", "threads",
+    ),
+    Mutant(
+        "threads-though-a-number-is-asked-for", "training/threads.py",
+        'device.type != "cpu" or "OMP_NUM_THREADS" in os.environ', 'device.type != "cpu"',
+        "OMP_NUM_THREADS does not fix the number", "threads",
+    ),
+    Mutant(
         "meanflow-phases-not-told-apart", "objectives/meanflow.py",
         "int(step >= self.flow)", "0",
         "MFU against the operations of the first phase", "speed:second_phase",
@@ -616,7 +626,7 @@ MUTANTS = [
     Mutant(
         "meanflow-rows-picked-where-compiled", "objectives/meanflow.py",
         ' and getattr(model, "compiled_jvp", None) is None', "",
-        "a compilation for every number of rows", "speed:compiles_once",
+        "a compilation for every number of rows", "speed:is_one_graph",
     ),
     Mutant(
         "adaptive-weight-with-gradient", "objectives/losses.py",

@@ -64,7 +64,7 @@ def test_auto_is_float64_at_the_last_stage(starts, name):
 def test_a_difference_for_meanflows_derivative_is_float32s(starts):
     """Of outputs 0.01 apart bf16 leaves little; forward mode it leaves whole."""
     (row,) = rows(starts, "meanflow", derivative="difference")
-    assert row["cosine"] > 0.9999
+    assert row["cosine"] > 0.999999  # bf16 has 0.99994
     run = trainer.Trainer(
         tiny(Path("unused"), **settings("meanflow"), train={"init_from": starts["edm"], "precision": "bf16"})
     )

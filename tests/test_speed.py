@@ -62,7 +62,7 @@ def test_the_compiled_step_is_the_eager_one(name, teacher, tmp_path, without_ker
 
 
 @pytest.mark.parametrize("derivative", ["forward_mode", "difference"])
-def test_meanflow_compiles_once_in_each_phase(derivative, tmp_path, without_kernels):
+def test_each_phase_of_meanflow_is_one_graph(derivative, tmp_path, without_kernels):
     """With dropout, in bf16. Eager on a CPU it picks the rows with r < t, whose number is another in every step."""
     objective = {"name": "meanflow", "flow": 2, "derivative": derivative}
     settings = {"network": {**SMALL, "dropout": 0.3}, "train": {"compile": True, "precision": "bf16"}}
