@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from functools import partial
@@ -49,6 +50,7 @@ def main() -> int:
     budget.add_argument("--minutes", type=float, help="minutes each row trains, at the speed of its first steps")
     args = parser.parse_args()
     if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # a run then keeps to it
         torch.set_num_threads(args.threads)
     rows = [row for row in yaml.safe_load(Path(args.list).read_text()) if not args.only or row["name"] in args.only]
     rows = [{**row, "set": [*row.get("set", []), *args.set]} for row in rows]

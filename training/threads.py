@@ -30,20 +30,21 @@ class Threads:
         times = dict.fromkeys(self.counts, 0.0)
         for _ in range(ROUNDS):
             for count in self.counts:
-                times[count] += seconds(count)
+                times[count] += seconds(count, self.most)
         best = min(times, key=times.__getitem__)
         if times[best] * WORTH > times.get(now, 0.0):
             best = now
         torch.set_num_threads(best)
         if best == now:
             return None
-        return f"CPU threads: {best} of {self.most}" + (", as another program is busy" if best < self.most else "")
+        why = ", faster now than all (is another program busy?)" if best < self.most else ""
+        return f"CPU threads: {best} of {self.most}{why}"
 
 
-def seconds(threads: int) -> float:
-    """What a row of operations takes with so many threads: a few milliseconds."""
+def seconds(threads: int, most: int) -> float:
+    """What a row of operations, as large as `most` threads want them, takes with so many: a few milliseconds."""
     torch.set_num_threads(threads)
-    x = torch.zeros(64, 16, 32, 32)
+    x = torch.zeros(most, 2**18)
     start = time.perf_counter()
     for _ in range(40):
         torch.nn.functional.silu(x)
