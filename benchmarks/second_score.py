@@ -1,8 +1,8 @@
 """Score runs on small labelled images by two classifiers: python benchmarks/second_score.py RUN [RUN ...]
 
 The first is the one that `metrics.features: classifier` trains; the second has another seed, shape and width. A recipe
-that was chosen by the first may please it alone. RUN is a run's folder; its last checkpoint's first average is sampled
-in one and two steps with the noise of another seed than the run's own score.
+that was chosen by the first may please it alone. RUN is a run's folder; its last checkpoint's average is sampled
+in one and two steps: with the run's own seed, the first score is the one that the run said.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import ROOT  # noqa: F401  puts the repository on the path
+from torch_fidelity.metric_fid import KEY_METRIC_FID as FID
+from torch_fidelity.metric_fid import fid_features_to_statistics
+from torch_fidelity.metric_fid import fid_statistics_to_metric as frechet
 
 import checkpoints
 import config
@@ -28,16 +31,9 @@ SECOND = {"seed": 7, "width": 48, "features": 96}  # with 48 channels the body h
 
 
 @torch.no_grad()
-def statistics(classifier: Classifier, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def statistics(classifier: Classifier, images: torch.Tensor) -> dict[str, np.ndarray]:
     """Mean and covariance, in float64, of the features of uint8 images (N, C, H, W)."""
-    features = torch.cat([classifier(part)[0] for part in images.split(500)]).double().numpy()
-    return features.mean(0), np.cov(features, rowvar=False)
-
-
-def frechet(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two normal distributions (1706.08500 eq. 6)."""
-    roots = np.sqrt(np.linalg.eigvals(a[1] @ b[1]).real.clip(0))  # also where A or B is singular
-    return float(((a[0] - b[0]) ** 2).sum() + np.trace(a[1] + b[1]) - 2 * roots.sum())
+    return fid_features_to_statistics(torch.cat([classifier(part)[0] for part in images.split(500)]))
 
 
 def judges(dataset: ImageSet) -> list[Classifier]:
@@ -64,7 +60,7 @@ def main() -> int:
         for steps in (1, 2):
             drawing = Drawing(model, args.seed, cfg.metrics.num, *plan(cfg, steps), labels, 250)
             images = drawing.draw(0, drawing.num)
-            scores = [frechet(statistics(judge, images), of_data) for judge, of_data in found]
+            scores = [frechet(statistics(judge, images), of_data, verbose=False)[FID] for judge, of_data in found]
             print(
                 f"{run}  {steps} step{'s' * (steps > 1)}  " + "  ".join(format(score, ".4f") for score in scores),
                 flush=True,

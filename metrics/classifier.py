@@ -28,9 +28,9 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Classifier(nn.Module):
-    """uint8 images (B, channels, resolution, resolution) -> features (B, 64) and logits (B, classes), float32.
+    """uint8 images (B, channels, resolution, resolution) -> features (B, `features`) and logits (B, classes), float32.
 
-    Convolutions down to 4x4, a linear layer to 64 features (normalised, ReLU; the penultimate layer), then classes.
+    Convolutions down to 4x4, a linear layer to the features (normalised, ReLU; the penultimate layer), then classes.
     width: channels of the first convolution.
     """
 
@@ -118,6 +118,7 @@ def train_classifier(
 ) -> tuple[Classifier, float]:
     """Trains the classifier on nine tenths of the labelled training set; returns it and its accuracy on the rest.
 
+    seed: of its weights, order and shifts; shape: Classifier's `width` and `features`. Scores of runs take neither.
     The number of images seen is bounded, so that a large set costs no more than CIFAR-10. The same CPU gives the same
     weights, bit for bit, whatever the number of threads; the global random state is left as it was.
     """

@@ -52,7 +52,9 @@ OBJECTIVES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("objective, optimizer", [*[(o, "radam") for o in OBJECTIVES], ({"name": "ict"}, "muon")])
+@pytest.mark.parametrize(
+    "objective, optimizer", [*[(o, "radam") for o in OBJECTIVES], ({"name": "ict", "s1": 40}, "muon")]
+)
 def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(objective, optimizer, tmp_path, monkeypatch):
     settings = {"objective": objective, "data": {"conditional": True, "augment": 0.3}}
     settings["train"] = {"optimizer": optimizer}
